@@ -1,0 +1,150 @@
+"""Kernel configurations to choose from: a small table for each stage, filtered by what the target can hold.
+
+The first feasible candidate is the default; ``mode="max-autotune"`` times them all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Tile sizes and launch parameters of one kernel."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# (stage, is the dtype 16-bit, padded width up to) -> candidates, best first. Widths are rounded up to a power of two.
+_TABLE: dict[tuple[str, bool, int], tuple[tuple[int, int, int, int], ...]] = {
+    ("core_forward", True, 64): ((128, 64, 8, 3), (64, 64, 4, 3), (64, 128, 4, 3), (128, 128, 8, 2), (64, 32, 4, 3)),
+    ("core_forward", True, 128): ((128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 3), (64, 64, 8, 2), (64, 32, 4, 3), (32, 32, 4, 2)),
+    ("core_forward", True, 256): ((64, 32, 8, 2), (64, 64, 8, 2), (32, 32, 4, 2), (16, 32, 4, 1)),
+    ("core_forward", False, 64): ((32, 32, 4, 2), (64, 32, 4, 2), (32, 16, 4, 2)),
+    ("core_forward", False, 128): ((32, 16, 4, 2), (32, 32, 8, 2), (16, 16, 4, 1)),
+    ("core_forward", False, 256): ((16, 16, 4, 1), (16, 16, 8, 1)),
+    ("core_backward_query", True, 64): ((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 3), (64, 64, 4, 2)),
+    ("core_backward_query", True, 128): ((64, 32, 4, 2), (128, 32, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (64, 64, 4, 2), (32, 32, 4, 2)),
+    ("core_backward_query", True, 256): ((32, 32, 8, 1), (64, 32, 8, 1), (16, 32, 4, 1), (16, 16, 4, 1)),
+    ("core_backward_query", False, 64): ((32, 32, 4, 2), (32, 16, 4, 2), (16, 16, 4, 1)),
+    ("core_backward_query", False, 128): ((16, 16, 4, 1), (32, 16, 8, 1), (32, 16, 4, 1)),
+    ("core_backward_query", False, 256): ((16, 16, 8, 1), (16, 16, 4, 1)),
+    ("core_backward_key", True, 64): ((64, 64, 4, 2), (64, 128, 8, 2), (64, 64, 8, 2), (32, 64, 4, 3)),
+    ("core_backward_key", True, 128): ((32, 64, 4, 2), (64, 64, 8, 2), (64, 128, 8, 3), (32, 64, 8, 2), (32, 32, 4, 2)),
+    ("core_backward_key", True, 256): ((32, 32, 8, 1), (32, 64, 8, 1), (16, 32, 4, 1), (16, 16, 4, 1)),
+    ("core_backward_key", False, 64): ((32, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 1)),
+    ("core_backward_key", False, 128): ((16, 16, 4, 1), (16, 32, 8, 1), (16, 32, 4, 1)),
+    ("core_backward_key", False, 256): ((16, 16, 8, 1), (16, 16, 4, 1)),
+}
+
+_OPTION_PREFIXES = {
+    "core_forward": ("", "fwd_"),
+    "core_backward_query": ("", "bwd_", "bwd_query_"),
+    "core_backward_key": ("", "bwd_", "bwd_key_"),
+}
+_OPTION_FIELDS = {
+    "BLOCK_M": "block_m",
+    "BLOCK_N": "block_n",
+    "num_warps": "num_warps",
+    "num_stages": "num_stages",
+}
+
+
+def padded(width: int) -> int:
+    """The power of two, at least 16, that a kernel pads a head width to."""
+    return max(16, 1 << math.ceil(math.log2(width)))
+
+
+def shared_memory(stage: str, candidate: Candidate, width: int, value_width: int, itemsize: int, probe: bool) -> int:
+    """Estimate, in bytes, of the shared memory that a candidate needs: the tiles that stay and the tiles in flight."""
+    d, dv, bm, bn = padded(width), padded(value_width), candidate.block_m, candidate.block_n
+    query_side = d * (2 if probe else 1)
+    if stage == "core_forward":
+        stay, stream = bm * query_side, bn * (d + dv)
+    elif stage == "core_backward_query":
+        stay, stream = bm * (query_side + dv), bn * (d + dv)
+    else:
+        stay, stream = bn * (d + dv), bm * (query_side + dv)
+    scores = bm * bn
+    return itemsize * (stay + stream * max(1, candidate.num_stages) + scores)
+
+
+def candidates(
+    stage: str,
+    *,
+    width: int,
+    value_width: int,
+    itemsize: int,
+    has_probe: bool,
+    shared_memory_limit: int,
+    q_block: int | None = None,
+    kv_block: int | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> list[Candidate]:
+    """Feasible candidates for ``stage``, best first, at least one.
+
+    Args:
+        stage: ``core_forward``, ``core_backward_query`` or ``core_backward_key``.
+        width, value_width: ``D`` and ``Dv``.
+        itemsize: bytes of an element of the inputs.
+        has_probe: whether a probe tile is held too.
+        shared_memory_limit: bytes that one block may use on the target.
+        q_block, kv_block: sizes of the block mask's blocks, which tiles must divide; None without one.
+        options: the user's ``kernel_options``; a more specific prefix wins over a less specific one.
+
+    Raises:
+        ValueError: the user's options exceed the target's shared memory or do not divide the mask's blocks.
+    """
+    widest = max(padded(width), padded(value_width))
+    row = next(limit for limit in (64, 128, 256) if widest <= limit)
+    forced = _forced(stage, options or {})
+    found: list[Candidate] = []
+    for values in _TABLE[stage, itemsize == 2, row]:
+        candidate = replace(Candidate(*values), **forced)
+        if "block_m" not in forced and q_block is not None:
+            candidate = replace(candidate, block_m=min(candidate.block_m, q_block & -q_block))
+        if "block_n" not in forced and kv_block is not None:
+            candidate = replace(candidate, block_n=min(candidate.block_n, kv_block & -kv_block))
+        if candidate not in found:
+            found.append(candidate)
+    if forced:
+        _check_forced(stage, found[0], q_block, kv_block)
+
+    def fits(candidate: Candidate) -> bool:
+        return shared_memory(stage, candidate, width, value_width, itemsize, has_probe) <= shared_memory_limit
+
+    feasible = [candidate for candidate in found if fits(candidate)]
+    if feasible:
+        return feasible
+    # The last of each row is the smallest; with fewer stages it is the least that can be asked for.
+    smallest = replace(found[-1], num_stages=forced.get("num_stages", 1))
+    if forced and not fits(smallest):
+        raise ValueError(
+            f"kernel_options need more shared memory for {stage} than the {shared_memory_limit} bytes of the target: "
+            f"{smallest}. Make BLOCK_M, BLOCK_N or num_stages smaller."
+        )
+    return [smallest]
+
+
+def _forced(stage: str, options: Mapping[str, Any]) -> dict[str, int]:
+    forced: dict[str, int] = {}
+    for prefix in _OPTION_PREFIXES[stage]:
+        for name, attribute in _OPTION_FIELDS.items():
+            if prefix + name in options:
+                forced[attribute] = options[prefix + name]
+    return forced
+
+
+def _check_forced(stage: str, candidate: Candidate, q_block: int | None, kv_block: int | None) -> None:
+    for name, tile, block in (("BLOCK_M", candidate.block_m, q_block), ("BLOCK_N", candidate.block_n, kv_block)):
+        if block is not None and block % tile:
+            raise ValueError(
+                f"kernel_options[{name}] = {tile} must divide the block mask's block size {block} ({stage}). "
+                "Make it smaller, or the mask's blocks larger."
+            )

@@ -1,0 +1,211 @@
+"""Generated kernels compiled for a target, on any machine: every intermediate text, and the resources that a kernel takes.
+
+Nothing is loaded on a device. The tools (ptxas, nvdisasm, cuobjdump) are those of the triton wheel.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from . import torch_compat_codegen_part as compat
+from .codegen import LOCK, GeneratedKernel
+from .targets import Target, resolve
+
+__all__ = ["STAGES", "CompiledKernel", "Resources", "compile_kernel", "tool"]
+
+STAGES = ("ttir", "ttgir", "llir", "ptx", "cubin", "sass")
+"""What a kernel passes through on its way to the GPU, in order. All are text but ``cubin``."""
+
+_TIMEOUT = 600.0  # seconds; ptxas takes seconds, minutes for kernels that spill much
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one kernel takes, as ptxas reports it.
+
+    Attributes:
+        registers: 32-bit registers of each thread.
+        spill_stores, spill_loads: bytes of each thread that did not fit in registers; local memory, hence slow.
+        stack: bytes of each thread's stack frame.
+        shared_memory: bytes of one block, static and dynamic.
+        num_warps, num_stages: warps of one block; depth of the software pipeline.
+    """
+
+    registers: int | None
+    spill_stores: int | None
+    spill_loads: int | None
+    stack: int | None
+    shared_memory: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def spills(self) -> int | None:
+        """Bytes spilled, stores and loads; None where ptxas did not say."""
+        if self.spill_stores is None or self.spill_loads is None:
+            return None
+        return self.spill_stores + self.spill_loads
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """A kernel compiled for a target.
+
+    Attributes:
+        kernel: what was compiled.
+        target: what for.
+        asm: entry of :data:`STAGES` -> its text (``cubin``: bytes). Entries that could not be made are absent.
+        missing: entry of :data:`STAGES`, or ``"resources"`` -> why it is absent.
+        resources: registers, spills, shared memory.
+    """
+
+    kernel: GeneratedKernel
+    target: Target
+    asm: Mapping[str, str | bytes] = field(repr=False, hash=False)
+    missing: Mapping[str, str] = field(hash=False)
+    resources: Resources
+
+    @property
+    def name(self) -> str:
+        """The kernel's name."""
+        return self.kernel.name
+
+    @property
+    def instructions(self) -> frozenset[str]:
+        """Families of matrix instructions in the PTX: ``mma``, ``wgmma``, ``tcgen05``."""
+        families = {"mma": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma"}
+        ptx = str(self.asm.get("ptx", ""))
+        return frozenset(family for family, mnemonic in families.items() if mnemonic in ptx)
+
+
+def compile_kernel(kernel: GeneratedKernel, target: str | Target | None = None) -> CompiledKernel:
+    """Compile ``kernel`` as Inductor would on ``target``; results are kept by Triton's own cache.
+
+    Args:
+        kernel: of :func:`.codegen.generate`, for the same target.
+        target: see :func:`.targets.resolve`.
+
+    Raises:
+        ValueError: unknown target; or the kernel needs more shared memory than the target has.
+        RuntimeError: triton is not installed, or this process runs Triton's interpreter (``TRITON_INTERPRET=1``).
+    """
+    resolved = resolve(target)
+    triton = _triton()
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        raise RuntimeError("kernels cannot be compiled in a process of Triton's interpreter: unset TRITON_INTERPRET.")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    # Parts of Triton's front end ask the active driver for its target, which must then be ours.
+    with LOCK, compat.pretend_gpu(resolved):
+        loaded = compat.compile_arguments(compat.load_kernel(kernel.name, kernel.source))
+        source = ASTSource(loaded.function, loaded.signature, loaded.constants, loaded.attributes)
+        binary = triton.compile(source, target=GPUTarget("cuda", resolved.arch, 32), options=loaded.options)
+    asm: dict[str, str | bytes] = {stage: binary.asm[stage] for stage in STAGES if stage in binary.asm}
+    missing = {stage: "triton did not make it" for stage in STAGES[:-1] if stage not in asm}
+    sass, reason = _disassemble(asm.get("cubin"))
+    if sass is None:
+        missing["sass"] = reason
+    else:
+        asm["sass"] = sass
+    report, reason = _assemble(str(asm.get("ptx", "")), resolved)
+    if report is None:
+        missing["resources"] = reason
+    shared = int(binary.metadata.shared)
+    if shared > resolved.shared_memory_per_block:
+        raise ValueError(
+            f"{kernel.name} needs {shared} bytes of shared memory, but {resolved.name} has {resolved.shared_memory_per_block}."
+            " Make BLOCK_M, BLOCK_N or num_stages smaller."
+        )
+    return CompiledKernel(
+        kernel=kernel,
+        target=resolved,
+        asm=MappingProxyType(asm),
+        missing=MappingProxyType(missing),
+        resources=Resources(
+            registers=_number(r"Used (\d+) registers", report),
+            spill_stores=_number(r"(\d+) bytes spill stores", report),
+            spill_loads=_number(r"(\d+) bytes spill loads", report),
+            stack=_number(r"(\d+) bytes stack frame", report),
+            shared_memory=shared,
+            num_warps=int(binary.metadata.num_warps),
+            num_stages=int(loaded.options["num_stages"]),
+        ),
+    )
+
+
+@functools.cache
+def tool(name: str) -> Path | None:
+    """Path of a CUDA tool in the triton wheel (``ptxas``, ``ptxas-blackwell``, ``nvdisasm``, ``cuobjdump``), or None."""
+    path = Path(_triton().__file__).parent / "backends" / "nvidia" / "bin" / name
+    return path if path.exists() else None
+
+
+def _triton() -> Any:
+    try:
+        import triton
+    except ImportError as error:
+        raise RuntimeError("triton is not installed: generated kernels cannot be compiled (pip install triton).") from error
+    return triton
+
+
+def _assemble(ptx: str, target: Target) -> tuple[str | None, str]:
+    """ptxas' own report (Triton keeps no spills in what it caches), or None and why."""
+    if not ptx:
+        return None, "there is no PTX"
+    # Triton's second ptxas knows the architectures that its first one is too old for.
+    name = "ptxas-blackwell" if target.capability >= (10, 0) and tool("ptxas-blackwell") else "ptxas"
+    path = tool(name)
+    if path is None:
+        return None, f"{name} is not in the triton wheel"
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder) / "kernel.ptx"
+        text.write_text(ptx, encoding="utf-8")
+        command = [str(path), "-v", f"--gpu-name={target.ptx_arch}", str(text), "-o", str(text.with_suffix(".cubin"))]
+        return _run(command, report=True)
+
+
+def _disassemble(cubin: str | bytes | None) -> tuple[str | None, str]:
+    """The SASS of a cubin, or None and why."""
+    if not isinstance(cubin, bytes):
+        return None, "there is no cubin"
+    reasons = []
+    for name, options in (("nvdisasm", ("-c",)), ("cuobjdump", ("-sass",))):
+        path = tool(name)
+        if path is None:
+            reasons.append(f"{name} is not in the triton wheel")
+            continue
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(cubin)
+            file.flush()
+            text, reason = _run([str(path), *options, file.name])
+        if text is not None:
+            return text, ""
+        reasons.append(reason)
+    return None, "; ".join(reasons)
+
+
+def _run(command: list[str], *, report: bool = False) -> tuple[str | None, str]:
+    """Standard output of a tool (or its report on standard error), or None and why."""
+    name = Path(command[0]).name
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return None, f"{name}: {error}"
+    if done.returncode != 0:
+        return None, f"{name} failed: {done.stderr.strip()[-300:]}"
+    return (done.stderr + done.stdout) if report else done.stdout, ""
+
+
+def _number(pattern: str, text: str | None) -> int | None:
+    found = re.search(pattern, text or "")
+    return int(found.group(1)) if found else None

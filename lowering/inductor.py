@@ -1,0 +1,516 @@
+"""Inductor lowerings of the operator: a plan's stages as instances of our templates (GPU) or inlined code (CPU)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import templates
+from . import cpu
+from .candidates import candidates, padded
+from .operator import BlockMaskOperands, attention_backward, attention_forward
+from .plan import Plan, Problem, make_plan
+from .torch_compat import inductor
+
+LOG2E = 1.4426950408889634
+LN2 = 0.6931471805599453
+
+
+@inductor.SymbolicGridFn
+def _tiles_of_rows(batch: Any, heads: Any, length: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, Any, Any]:
+    return (cdiv(length, meta["BLOCK_M"]), batch, heads)
+
+
+@inductor.SymbolicGridFn
+def _tiles_of_keys(batch: Any, heads: Any, length: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, Any, Any]:
+    return (cdiv(length, meta["BLOCK_N"]), batch, heads)
+
+
+_TEMPLATES = {
+    name: inductor.template(f"parallax_{name}", grid, templates.load(name))
+    for name, grid in (
+        ("core_forward", _tiles_of_rows),
+        ("core_backward_query", _tiles_of_rows),
+        ("core_backward_key", _tiles_of_keys),
+    )
+}
+
+
+# --- what a node says -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Mod:
+    """A mod as the templates take it: its inlined value, its captured tensors, and in the backward its joint graph."""
+
+    value: Any
+    buffers: list[Any]
+    identity: bool
+    joint: Any = None
+
+    @property
+    def grad(self) -> Any:
+        return self.joint.grad_input if self.joint is not None else self.value
+
+    @property
+    def captured_grads(self) -> list[Any]:
+        return self.joint.captured_grads_compute if self.joint is not None else []
+
+    @property
+    def mutated(self) -> list[Any]:
+        return self.joint.mutated_grads if self.joint is not None else []
+
+
+def _placeholders(device: torch.device, *, score: bool) -> list[Any]:
+    names = ([("score", torch.float32)] if score else []) + [(name, torch.int32) for name in ("b", "h", "m", "n")]
+    return [inductor.create_placeholder(name, dtype, device) for name, dtype in names]
+
+
+def _realized(buffers: Sequence[Any]) -> list[Any]:
+    realized = inductor.maybe_realize(list(buffers))
+    inductor.freeze_irnodes(realized)
+    return realized
+
+
+def _inline(graph: Any, buffers: Sequence[Any], device: torch.device, *, score: bool) -> Any:
+    value = inductor.build_subgraph_buffer(_placeholders(device, score=score) + list(buffers), graph)
+    inductor.freeze_irnodes(value)
+    return value
+
+
+def _is_identity(graph: Any) -> bool:
+    nodes = list(graph.graph_module.graph.nodes)
+    (returned,) = nodes[-1].args
+    if isinstance(returned, (list, tuple)):
+        (returned,) = returned
+    return returned is nodes[0]
+
+
+def _is_always_true(graph: Any) -> bool:
+    """The graph of a mask that reads neither its indices nor a tensor: only ``new_ones`` and the like."""
+    made = (torch.ops.aten.new_ones.default, torch.ops.aten.ones.default, torch.ops.aten.full.default)
+    calls = [node for node in graph.graph_module.graph.nodes if node.op == "call_function"]
+    return all(node.target in made for node in calls) and len(calls) == 1
+
+
+def _forward_mod(graph: Any, buffers: Sequence[Any], device: torch.device) -> _Mod:
+    return _Mod(_inline(graph, buffers, device, score=True), _realized(buffers), _is_identity(graph))
+
+
+def _backward_mod(graph: Any, joint: Any, buffers: Sequence[Any], device: torch.device) -> _Mod:
+    mod = _forward_mod(graph, buffers, device)
+    joint.graph_module.graph.eliminate_dead_code()
+    inductor.validate_joint_graph(joint.graph_module.graph)
+    inputs = [*_placeholders(device, score=True), inductor.create_placeholder("grad_score_mod", torch.float32, device)]
+    outputs = inductor.build_subgraph_buffer(inputs + list(buffers), joint)
+    inductor.freeze_irnodes(outputs)
+    mod.joint = inductor.process_joint_outputs(outputs, len(inputs))
+    return mod
+
+
+@dataclass
+class _Call:
+    """Everything that the stages of one node share."""
+
+    query: Any
+    key: Any
+    value: Any
+    probe: Any
+    block_mask: BlockMaskOperands
+    score_mod: _Mod
+    covariance_mod: _Mod
+    mask: Any
+    mask_buffers: list[Any]
+    has_mask: bool
+    scale: float
+    intercept: bool
+    options: dict[str, Any]
+
+    @property
+    def device(self) -> torch.device:
+        return self.query.get_device()
+
+    @property
+    def block_sparse(self) -> bool:
+        return self.block_mask.kv_num_blocks is not None
+
+    @property
+    def captured(self) -> list[Any]:
+        return [*self.score_mod.buffers, *self.covariance_mod.buffers, *self.mask_buffers]
+
+    def problem(self, needs_grad: tuple[bool, bool, bool, bool] | None) -> Problem:
+        batch, q_heads, q_length, width = self.query.get_size()
+        _, kv_heads, kv_length, value_width = self.value.get_size()
+        guard = inductor.V.graph.sizevars.guard_int
+        dtype = self.query.get_dtype()
+        return Problem(
+            batch=batch,
+            q_heads=guard(q_heads),
+            kv_heads=guard(kv_heads),
+            q_length=q_length,
+            kv_length=kv_length,
+            width=guard(width),
+            value_width=guard(value_width),
+            dtype=str(dtype).removeprefix("torch."),
+            itemsize=dtype.itemsize,
+            device=self.device.type,
+            has_probe=self.probe is not None,
+            intercept=self.intercept,
+            score_mod=not self.score_mod.identity,
+            covariance_mod=not self.covariance_mod.identity,
+            mask=self.has_mask,
+            block_sparse=self.block_sparse,
+            needs_grad=needs_grad,
+            captured_grads=bool(self.score_mod.mutated or self.covariance_mod.mutated),
+        )
+
+
+def _call(
+    operands: Sequence[Any],
+    block_mask: tuple,
+    mods: tuple[_Mod, _Mod],
+    mask_buffers: Sequence[Any],
+    scale: float,
+    intercept: bool,
+    options: dict[str, Any],
+) -> _Call:
+    query, key, value, probe, *blocks = inductor.maybe_realize([*operands, *block_mask[:8]])
+    inductor.freeze_irnodes([query, key, value, probe])
+    device = query.get_device()
+    guard = inductor.V.graph.sizevars.guard_int
+    mask_graph = block_mask[-1]
+    return _Call(
+        query,
+        key,
+        value,
+        probe,
+        BlockMaskOperands(*blocks, guard(block_mask[8]), guard(block_mask[9]), mask_graph),
+        *mods,
+        mask=_inline(mask_graph, mask_buffers, device, score=False),
+        mask_buffers=_realized(mask_buffers),
+        has_mask=not _is_always_true(mask_graph),
+        scale=scale,
+        intercept=intercept,
+        options={name: option for name, option in options.items() if name != "cache_salt"},
+    )
+
+
+# --- instances of templates -----------------------------------------------------------------------------------------
+
+
+def _layouts() -> list[Any]:
+    """The layouts of the node's results as its fake promised them; None for a result that is left out."""
+
+    def expression(size: Any) -> Any:
+        return size.node.expr if isinstance(size, torch.SymInt) else size
+
+    def layout(fake: torch.Tensor | None) -> Any:
+        if fake is None:
+            return None
+        ir = inductor.ir
+        sizes, strides = map(expression, fake.shape), map(expression, fake.stride())
+        # The fakes live on the device of the node, which is not the device that they report when code is generated
+        # for a GPU on a machine without one.
+        return ir.FixedLayout(fake.device, fake.dtype, list(sizes), list(strides))
+
+    return [layout(fake) for fake in inductor.V.graph.current_node.meta["val"] if not isinstance(fake, tuple)]
+
+
+def _allocate(layout: Any) -> Any:
+    return inductor.empty_strided(layout.size, layout.stride, dtype=layout.dtype, device=layout.device)
+
+
+def _precision() -> str:
+    """Precision of float32 products: what ``torch.set_float32_matmul_precision`` says, as flex_attention has it."""
+    return "'ieee'" if torch.get_float32_matmul_precision() == "highest" else "'tf32'"
+
+
+def _shared_memory_limit(device: torch.device) -> int:
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 101376)
+
+
+def _instantiate(
+    stage: str,
+    call: _Call,
+    problem: Problem,
+    inputs: dict[str, Any],
+    layout: Any,
+    mutated: list[Any],
+    subgraphs: list[Any],
+    switches: dict[str, Any],
+    *,
+    grid: tuple[Any, Any, Any],
+    sparse: tuple[str, str],
+) -> Any:
+    """One kernel: the stage's template with each feasible candidate, of which Inductor takes or times the best.
+
+    ``inputs`` are in the order of the template's ``def_kernel``; ``sparse`` names the two pairs of block lists.
+    """
+    blocks = call.block_mask
+    sizevars = inductor.V.graph.sizevars
+    shape = {"width": problem.width, "value_width": problem.value_width, "itemsize": problem.itemsize}
+    sparse_sizes = {"q_block": blocks.q_block, "kv_block": blocks.kv_block} if call.block_sparse else {}
+    has_full = call.block_sparse and blocks.full_kv_num_blocks is not None
+    lists = []
+    if call.block_sparse:
+        lists += [getattr(blocks, f"{sparse[0]}_num_blocks"), getattr(blocks, f"{sparse[0]}_indices")]
+    if has_full:
+        lists += [getattr(blocks, f"{sparse[1]}_num_blocks"), getattr(blocks, f"{sparse[1]}_indices")]
+    nodes = [*inputs.values(), *lists]
+
+    def even(length: Any, block: int, sparse_block: int) -> bool:
+        whole = max(block, sparse_block if call.block_sparse else 1)
+        return bool(sizevars.statically_known_multiple_of(length, whole))
+
+    common = {
+        "SCALE": call.scale,
+        "GQA": problem.q_heads // problem.kv_heads,
+        "D": problem.width,
+        "DV": problem.value_width,
+        "D_PAD": padded(problem.width),
+        "DV_PAD": padded(problem.value_width),
+        "HAS_PROBE": problem.has_probe,
+        "INTERCEPT": problem.intercept,
+        "SCORE_MOD": problem.score_mod,
+        "COVARIANCE_MOD": problem.has_probe and problem.covariance_mod,
+        "HAS_MASK": problem.mask,
+        "BLOCK_SPARSE": call.block_sparse,
+        "HAS_FULL_BLOCKS": has_full,
+        "Q_BLOCK": blocks.q_block,
+        "KV_BLOCK": blocks.kv_block,
+        "PRECISION": _precision(),
+        "LOG2E": LOG2E,
+        "LN2": LN2,
+        **switches,
+    }
+    found = candidates(
+        stage,
+        **shape,
+        has_probe=problem.has_probe,
+        shared_memory_limit=_shared_memory_limit(call.device),
+        options=call.options,
+        **sparse_sizes,
+    )
+    if not inductor.config.max_autotune:
+        found = found[:1]
+    choices: list[Any] = []
+    for candidate in found:
+        error = _TEMPLATES[stage].maybe_append_choice(
+            choices,
+            input_nodes=nodes,
+            layout=layout,
+            subgraphs=subgraphs,
+            mutated_inputs=mutated,
+            call_sizes=list(grid),
+            BLOCK_M=candidate.block_m,
+            BLOCK_N=candidate.block_n,
+            num_warps=candidate.num_warps,
+            num_stages=candidate.num_stages,
+            EVEN_M=even(problem.q_length, candidate.block_m, blocks.q_block),
+            EVEN_N=even(problem.kv_length, candidate.block_n, blocks.kv_block),
+            **common,
+        )
+        if error is not None:
+            raise error
+    generators = {}
+    for position in range(len(inputs), len(nodes), 2):
+        generators[position] = inductor.create_num_blocks_fake_generator(nodes[position + 1])
+        generators[position + 1] = inductor.create_indices_fake
+    tensors = [node for node in (*nodes, *call.captured, *mutated) if isinstance(node, inductor.ir.IRNode)]
+    out = inductor.autotune(f"parallax_{stage}", choices, _unique(tensors), layout, generators)
+    # Inductor looks here for the symbols that a kernel's mods use.
+    out.data.data.subgraph_inps = call.captured
+    out.data.data.subgraph_outs = _flat(subgraphs)
+    return out
+
+
+def _unique(nodes: list[Any]) -> list[Any]:
+    seen: dict[int, Any] = {}
+    for node in nodes:
+        seen.setdefault(id(node), node)
+    return list(seen.values())
+
+
+def _flat(subgraphs: list[Any]) -> list[Any]:
+    flat: list[Any] = []
+    for subgraph in subgraphs:
+        flat += subgraph if isinstance(subgraph, (list, tuple)) else [subgraph]
+    return flat
+
+
+# --- stages ---------------------------------------------------------------------------------------------------------
+
+
+def _core_forward(call: _Call, plan: Plan, layouts: list[Any]) -> tuple[Any, Any, Any, Any]:
+    problem = plan.problem
+    out_layout, mean_layout, lse_layout, probe_mean_layout = layouts
+    lse, probe_mean, value_mean = map(_allocate, (lse_layout, probe_mean_layout, mean_layout))
+    if not problem.has_probe:
+        zeros = inductor.lowerings[torch.ops.aten.full]
+        probe_mean = zeros(probe_mean_layout.size, 0.0, dtype=probe_mean_layout.dtype, device=call.device)
+    inputs = {"Q": call.query, "K": call.key, "V": call.value}
+    if problem.has_probe:
+        inputs |= {"R": call.probe, "PROBE_MEAN": probe_mean}
+    inputs |= {"LSE": lse}
+    if problem.saves_value_mean:
+        inputs |= {"VALUE_MEAN": value_mean}
+    written = [inputs[name] for name in ("PROBE_MEAN", "LSE", "VALUE_MEAN") if name in inputs]
+    out = _instantiate(
+        "core_forward",
+        call,
+        problem,
+        inputs,
+        out_layout,
+        written,
+        [call.score_mod.value, call.covariance_mod.value, call.mask],
+        {"SAVE_VALUE_MEAN": problem.saves_value_mean},
+        grid=(problem.batch, problem.q_heads, problem.q_length),
+        sparse=("kv", "full_kv"),
+    )
+    return out, value_mean, lse, probe_mean
+
+
+def _backward_inputs(call: _Call, statistics: dict[str, Any], problem: Problem) -> dict[str, Any]:
+    inputs = {"Q": call.query, "K": call.key, "V": call.value}
+    if problem.has_probe:
+        inputs |= {"R": call.probe, "PROBE_MEAN": statistics["probe_mean"], "BETA": statistics["beta"]}
+    return inputs | {"GRAD_OUT": statistics["grad_out"], "LSE": statistics["lse"], "TAU": statistics["tau"]}
+
+
+def _backward_subgraphs(call: _Call) -> list[Any]:
+    score, covariance = call.score_mod, call.covariance_mod
+    values = [score.value, covariance.value, call.mask]
+    return [*values, score.grad, covariance.grad, score.captured_grads, covariance.captured_grads]
+
+
+def _core_backward_query(call: _Call, plan: Plan, layouts: list[Any], statistics: dict[str, Any]) -> tuple[Any, Any]:
+    problem = plan.problem
+    assert problem.needs_grad is not None
+    need_query, need_probe = problem.needs_grad[0], problem.needs_grad[3] and problem.has_probe
+    inputs = _backward_inputs(call, statistics, problem)
+    for name, operand in (("QUERY_SUM", "score_grad_sum"), ("PROBE_SUM", "probe_score_grad_sum")):
+        if statistics[operand] is not None and problem.has_probe >= (name == "PROBE_SUM"):
+            inputs |= {name: statistics[operand]}
+    if need_query and need_probe:
+        inputs |= {"DR": _allocate(layouts[3])}
+    primary = _instantiate(
+        "core_backward_query",
+        call,
+        problem,
+        inputs,
+        layouts[0] if need_query else layouts[3],
+        [inputs["DR"]] if "DR" in inputs else [],
+        _backward_subgraphs(call),
+        {
+            "NEEDS_QUERY": need_query,
+            "NEEDS_PROBE": need_probe,
+            "ROUNDS": problem.itemsize == 2,
+            # A mod's derivative lies between the known sums and what is rounded: there the rounding alone is settled.
+            "KNOWN_QUERY_SUM": not problem.score_mod,
+            "KNOWN_PROBE_SUM": problem.intercept and not problem.covariance_mod,
+            "HAS_QUERY_SUM": "QUERY_SUM" in inputs,
+            "HAS_PROBE_SUM": "PROBE_SUM" in inputs,
+        },
+        grid=(problem.batch, problem.q_heads, problem.q_length),
+        sparse=("kv", "full_kv"),
+    )
+    return (primary, inputs.get("DR")) if need_query else (None, primary)
+
+
+def _core_backward_key(call: _Call, plan: Plan, layouts: list[Any], statistics: dict[str, Any]) -> tuple[Any, Any]:
+    problem = plan.problem
+    assert problem.needs_grad is not None
+    # The gradients of captured tensors come from the same score gradients as the key's.
+    need_key = problem.needs_grad[1] or problem.captured_grads
+    need_value = problem.needs_grad[2]
+    inputs = _backward_inputs(call, statistics, problem)
+    if need_key and need_value:
+        inputs |= {"DV_OUT": _allocate(layouts[2])}
+    captured = [*call.score_mod.mutated, *call.covariance_mod.mutated]
+    primary = _instantiate(
+        "core_backward_key",
+        call,
+        problem,
+        inputs,
+        (layouts[1] or _dense_layout(call.key)) if need_key else layouts[2],
+        ([inputs["DV_OUT"]] if "DV_OUT" in inputs else []) + captured,
+        _backward_subgraphs(call),
+        {
+            "NEEDS_KEY": need_key,
+            "NEEDS_VALUE": need_value,
+            "SCORE_GRADS": bool(call.score_mod.mutated),
+            "COVARIANCE_GRADS": problem.has_probe and bool(call.covariance_mod.mutated),
+        },
+        grid=(problem.batch, problem.kv_heads, problem.kv_length),
+        sparse=("q", "full_q"),
+    )
+    return (primary, inputs.get("DV_OUT")) if need_key else (None, primary)
+
+
+def _dense_layout(node: Any) -> Any:
+    ir = inductor.ir
+    strides = ir.FlexibleLayout.contiguous_strides(node.get_size())
+    return ir.FixedLayout(node.get_device(), node.get_dtype(), node.get_size(), strides)
+
+
+# --- lowerings ------------------------------------------------------------------------------------------------------
+
+
+@inductor.register_lowering(attention_forward, type_promotion_kind=None)
+def _lower_forward(*arguments: Any) -> Any:
+    """Inductor's lowering of :data:`~.operator.attention_forward`."""
+    query, key, value, probe, score, covariance, block_mask, scale, intercept, saves, options, *buffers = arguments
+    device = query.get_device()
+    if device.type == "cpu":
+        return cpu.lower(cpu.forward, arguments)
+    mods = (_forward_mod(score, buffers[0], device), _forward_mod(covariance, buffers[1], device))
+    call = _call((query, key, value, probe), block_mask, mods, buffers[2], scale, intercept, options)
+    # Whether a backward follows is all that the forward needs to know of the gradients.
+    plan = make_plan(call.problem((True,) * 4 if saves else None))
+    return _core_forward(call, plan, _layouts())
+
+
+@inductor.register_lowering(attention_backward, type_promotion_kind=None)
+def _lower_backward(*arguments: Any) -> Any:
+    """Inductor's lowering of :data:`~.operator.attention_backward`."""
+    query, key, value, probe, *statistics = arguments[:9]
+    forward, joint, block_mask, scale, intercept, needs_grad, options, *buffers = arguments[9:19]
+    device = query.get_device()
+    if device.type == "cpu":
+        return cpu.lower(cpu.backward, arguments)
+    mods = tuple(_backward_mod(*parts, device) for parts in zip(forward, joint, buffers[:2], strict=True))
+    call = _call((query, key, value, probe), block_mask, mods, buffers[2], scale, intercept, options)  # type: ignore[arg-type]
+    plan = make_plan(call.problem(tuple(needs_grad)))
+    names = ("grad_out", "lse", "probe_mean", "tau", "beta", "score_grad_sum", "probe_score_grad_sum")
+    named = dict(zip(names, (*statistics, *arguments[19:21]), strict=True))
+    named = {
+        name: node
+        if node is None or name == "grad_out"
+        else inductor.ir.ExternKernel.require_contiguous(inductor.to_dtype(node, torch.float32))
+        for name, node in named.items()
+    }
+    named = dict(zip(named, _realized(list(named.values())), strict=True))
+    layouts = _layouts()
+    grads = dict.fromkeys(("query", "key", "value", "probe"))
+    for stage in plan.direction("backward"):
+        if stage.name == "core_backward_query":
+            grads["query"], grads["probe"] = _core_backward_query(call, plan, layouts, named)
+        elif stage.name == "core_backward_key":
+            grads["key"], grads["value"] = _core_backward_key(call, plan, layouts, named)
+    results = [
+        grads[name] if needed else None
+        for name, needed in zip(("query", "key", "value", "probe"), needs_grad, strict=True)
+    ]
+    return (*results, _captured_grads(call.score_mod), _captured_grads(call.covariance_mod))
+
+
+def _captured_grads(mod: _Mod) -> tuple:
+    """Gradients of a mod's captured tensors: summed in float32 by the kernel, cast to the tensors' dtypes."""
+    return tuple(
+        None if grad is None else inductor.to_dtype(grad, buffer.get_dtype())
+        for grad, buffer in zip(mod.joint.captured_grads, mod.buffers, strict=True)
+    )

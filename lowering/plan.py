@@ -1,0 +1,238 @@
+"""The plan: which stages compute a call, and what each costs. Whatever chooses an algorithm is here and nowhere else.
+
+The lowering executes a plan, ``plx.explain`` prints it, tests compare its text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+Algorithm = Literal["streaming", "row chunks", "pointwise"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of the operator, as far as the choice of stages goes.
+
+    Sizes are ints, or symbols of the compiler where a length is dynamic; costs need ints.
+
+    Attributes:
+        visited: share of the (query block, key block) pairs that the mask lets a kernel visit; 1 without a mask.
+        needs_grad: which of query, key, value, probe need a gradient; None for inference.
+        captured_grads: whether a tensor captured by a mod needs a gradient.
+    """
+
+    batch: int
+    q_heads: int
+    kv_heads: int
+    q_length: int
+    kv_length: int
+    width: int
+    value_width: int
+    dtype: str
+    itemsize: int
+    device: str
+    has_probe: bool = True
+    intercept: bool = True
+    score_mod: bool = False
+    covariance_mod: bool = False
+    mask: bool = False
+    block_sparse: bool = False
+    visited: float = 1.0
+    needs_grad: tuple[bool, bool, bool, bool] | None = None
+    captured_grads: bool = False
+
+    @property
+    def saves_value_mean(self) -> bool:
+        """Whether the forward writes the value mean, which the backward's row terms need."""
+        return self.needs_grad is not None and self.has_probe and self.intercept
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One kernel, or one group of operations that Inductor fuses by itself.
+
+    Attributes:
+        name: what the stage computes; kernel stages are named after their template.
+        algorithm: how.
+        direction: forward or backward.
+        products: matrix products of ``[Lq, D] x [D, Lk]`` size that it takes, as (of width D, of width Dv).
+        reads, writes: tensors that it moves, by name.
+        reason: why this stage and not another.
+    """
+
+    name: str
+    algorithm: Algorithm
+    direction: Literal["forward", "backward"]
+    products: tuple[int, int]
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a stage must do at least: floating-point operations of its products, and bytes moved once."""
+
+    flops: float
+    bytes: float
+
+    @property
+    def intensity(self) -> float:
+        """Floating-point operations per byte."""
+        return self.flops / self.bytes if self.bytes else float("inf")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The ordered stages of a call."""
+
+    problem: Problem
+    stages: tuple[Stage, ...] = field(default_factory=tuple)
+
+    def direction(self, direction: str) -> tuple[Stage, ...]:
+        """The stages of one direction, in order."""
+        return tuple(stage for stage in self.stages if stage.direction == direction)
+
+    def cost(self, stage: Stage) -> Cost:
+        """The least cost of ``stage``; sizes must be ints."""
+        p = self.problem
+        pairs = p.batch * p.q_heads * p.q_length * p.kv_length * p.visited
+        flops = 2.0 * pairs * (stage.products[0] * p.width + stage.products[1] * p.value_width)
+        moved = sum(_elements(p, name) * _itemsize(p, name) for name in (*stage.reads, *stage.writes))
+        return Cost(flops, float(moved))
+
+
+def make_plan(problem: Problem) -> Plan:
+    """Choose the stages of ``problem``.
+
+    Finite bandwidth with a zero or learned probe is one streaming pass forward; backward, the row terms, then one pass
+    for query and probe and one for key and value, each left out when nothing needs it.
+    """
+    algorithm: Algorithm = "streaming" if problem.device != "cpu" else "row chunks"
+    stages = [_forward(problem, algorithm)]
+    if problem.needs_grad is not None:
+        stages += _backward(problem, algorithm)
+    return Plan(problem, tuple(stages))
+
+
+def _probe(problem: Problem, *names: str) -> tuple[str, ...]:
+    return names if problem.has_probe else ()
+
+
+def _forward(problem: Problem, algorithm: Algorithm) -> Stage:
+    score_products = 2 if problem.has_probe else 1
+    one_signed_product = algorithm == "row chunks"
+    return Stage(
+        name="core_forward",
+        algorithm=algorithm,
+        direction="forward",
+        products=(score_products, 1 if one_signed_product else score_products),
+        reads=("query", "key", "value", *_probe(problem, "probe")),
+        writes=(
+            "out",
+            "lse",
+            *_probe(problem, "probe_mean"),
+            *(("value_mean",) if problem.saves_value_mean else ()),
+        ),
+        reason="finite bandwidth: the weights need every allowed key, one pass keeps no score"
+        if algorithm == "streaming"
+        else "cpu: chunks of rows over all keys, one signed product with the values",
+    )
+
+
+def _backward(problem: Problem, algorithm: Algorithm) -> list[Stage]:
+    assert problem.needs_grad is not None
+    need_query, need_key, need_value, need_probe = problem.needs_grad
+    need_probe = need_probe and problem.has_probe
+    score_products = 2 if problem.has_probe else 1
+    statistics = ("lse", "tau", *_probe(problem, "probe_mean", "beta"))
+    operands = ("query", "key", "value", *_probe(problem, "probe"), "grad_out", *statistics)
+    stages = [
+        Stage(
+            name="row_terms",
+            algorithm="pointwise",
+            direction="backward",
+            products=(0, 0),
+            reads=("grad_out", "out", *(("value_mean",) if problem.saves_value_mean else ())),
+            writes=("tau", *_probe(problem, "beta")),
+            reason="two row sums, fused by Inductor",
+        )
+    ]
+    written = (
+        *(("grad_query",) if need_query else ()),
+        *(("grad_probe",) if need_probe else ()),
+        *(("grad_key",) if need_key else ()),
+        *(("grad_value",) if need_value else ()),
+    )
+    if algorithm == "row chunks":
+        products = (score_products + need_query + need_probe + need_key * score_products, 1 + need_value)
+        stages.append(Stage("core_backward", algorithm, "backward", products, operands, written, "cpu: as the forward"))
+        return stages
+    if need_query or need_probe:
+        stages.append(
+            Stage(
+                name="core_backward_query",
+                algorithm=algorithm,
+                direction="backward",
+                products=(score_products + need_query + need_probe, 1),
+                reads=operands,
+                writes=written[: need_query + need_probe],
+                reason="query or probe needs a gradient: rows stay, keys stream",
+            )
+        )
+    if need_key or need_value or problem.captured_grads:
+        keys = need_key or problem.captured_grads
+        stages.append(
+            Stage(
+                name="core_backward_key",
+                algorithm=algorithm,
+                direction="backward",
+                products=(score_products * (1 + keys), keys + need_value),
+                reads=operands,
+                writes=written[need_query + need_probe :],
+                reason="key, value or a captured tensor needs a gradient: keys stay, rows stream, "
+                "the query heads of a group are summed in registers",
+            )
+        )
+    return stages
+
+
+_ROWS = ("lse", "probe_mean", "tau", "beta")
+
+
+def _elements(problem: Problem, name: str) -> int:
+    rows = problem.batch * problem.q_heads * problem.q_length
+    keys = problem.batch * problem.kv_heads * problem.kv_length
+    if name in _ROWS:
+        return rows
+    if name in ("out", "grad_out", "value_mean"):
+        return rows * problem.value_width
+    side = {"query": rows, "probe": rows, "key": keys, "value": keys}[name.removeprefix("grad_")]
+    return side * (problem.value_width if name.endswith("value") else problem.width)
+
+
+def _itemsize(problem: Problem, name: str) -> int:
+    return max(4, problem.itemsize) if name in _ROWS else problem.itemsize
+
+
+def describe(plan: Plan, headers: Sequence[str] = ("stage", "algorithm", "GFLOP", "MB", "FLOP/byte", "why")) -> str:
+    """The plan as a table, one line a stage."""
+    from tabulate import tabulate
+
+    rows = []
+    for stage in plan.stages:
+        cost = plan.cost(stage)
+        rows.append(
+            (
+                stage.name,
+                stage.algorithm,
+                f"{cost.flops / 1e9:.3f}",
+                f"{cost.bytes / 1e6:.2f}",
+                f"{cost.intensity:.0f}",
+                stage.reason,
+            )
+        )
+    return tabulate(rows, headers=headers, disable_numparse=True)

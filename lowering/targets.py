@@ -1,0 +1,194 @@
+"""The GPUs that code is generated for, and what each can hold and do.
+
+Sizes decide which candidates fit and are exact; rates are the vendor's dense peak figures and serve floors and
+intensities only, never a measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+import torch
+
+__all__ = ["DEFAULT", "TARGETS", "Rates", "Target", "resolve"]
+
+DEFAULT = "sm_90"
+"""The target of ``"auto"`` on a machine without a GPU."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Peak rates of one product, from its data sheet, without structured sparsity.
+
+    Attributes:
+        product: what the sheet is of.
+        bfloat16, float16, tf32: TFLOP/s of matrix products in tensor cores with float32 accumulation.
+        float32: TFLOP/s outside of tensor cores.
+        bandwidth: bytes per second of device memory.
+        source: the sheet.
+    """
+
+    product: str
+    bfloat16: float
+    float16: float
+    tf32: float
+    float32: float
+    bandwidth: float
+    source: str
+
+    def tflops(self, dtype: str, *, tf32: bool = False) -> float:
+        """TFLOP/s of matrix products of ``dtype`` (``"bfloat16"``, ``"float16"``, ``"float32"``).
+
+        Args:
+            tf32: whether float32 products may be rounded to TF32.
+
+        Raises:
+            ValueError: no kernel of ours takes the dtype.
+        """
+        if dtype not in ("bfloat16", "float16", "float32"):
+            raise ValueError(f"dtype must be bfloat16, float16 or float32, but got {dtype!r}.")
+        return self.tf32 if tf32 and dtype == "float32" else getattr(self, dtype)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One kind of GPU.
+
+    Attributes:
+        name: ``sm_<major><minor>``.
+        product: the device.
+        capability: compute capability, (major, minor).
+        sm_count: streaming multiprocessors.
+        shared_memory_per_block: bytes that one block may use when it asks for them (opt-in).
+        shared_memory_per_sm: bytes of one multiprocessor.
+        registers_per_sm: 32-bit registers of one multiprocessor.
+        l2_bytes, memory_bytes: sizes of the L2 cache and of the device memory.
+        rates: peak rates; None where we know no data sheet of the product.
+    """
+
+    name: str
+    product: str
+    capability: tuple[int, int]
+    sm_count: int
+    shared_memory_per_block: int
+    shared_memory_per_sm: int
+    registers_per_sm: int
+    l2_bytes: int
+    memory_bytes: int
+    rates: Rates | None = field(repr=False)
+
+    @property
+    def arch(self) -> int:
+        """Compute capability as Triton writes it: 80, 90, 100."""
+        return self.capability[0] * 10 + self.capability[1]
+
+    @property
+    def ptx_arch(self) -> str:
+        """What ptxas is told: the architecture-specific instructions (wgmma, tcgen05) need the suffix."""
+        return f"{self.name}a" if self.capability >= (9, 0) else self.name
+
+
+_A100 = Rates("A100 SXM 80GB", 312.0, 312.0, 156.0, 19.5, 2.039e12, "NVIDIA A100 data sheet, SXM 80GB")
+_H100 = Rates("H100 SXM", 989.4, 989.4, 494.7, 66.9, 3.35e12, "NVIDIA H100 data sheet, SXM; half of the sparse figures")
+_H200 = replace(_H100, product="H200 SXM", bandwidth=4.8e12, source="NVIDIA H200 data sheet, SXM; half of the sparse figures")
+_B200 = Rates("B200", 2250.0, 2250.0, 1125.0, 75.0, 8.0e12, "NVIDIA HGX/DGX B200 data sheet; half of the sparse figures")
+
+# Device names that CUDA reports -> their sheets; the first that matches.
+_SHEETS: tuple[tuple[str, Rates], ...] = (
+    ("A100-SXM4-80GB", _A100),
+    ("H200", _H200),
+    ("H100 80GB HBM3", _H100),
+    ("B200", _B200),
+)
+
+TARGETS: Mapping[str, Target] = MappingProxyType(
+    {
+        target.name: target
+        for target in (
+            Target(
+                name="sm_80",
+                product="NVIDIA A100-SXM4-80GB",
+                capability=(8, 0),
+                sm_count=108,
+                shared_memory_per_block=163 * 1024,
+                shared_memory_per_sm=164 * 1024,
+                registers_per_sm=65536,
+                l2_bytes=40 * 2**20,
+                memory_bytes=80 * 2**30,
+                rates=_A100,
+            ),
+            Target(
+                name="sm_90",
+                product="NVIDIA H100 80GB HBM3",
+                capability=(9, 0),
+                sm_count=132,
+                shared_memory_per_block=227 * 1024,
+                shared_memory_per_sm=228 * 1024,
+                registers_per_sm=65536,
+                l2_bytes=50 * 2**20,
+                memory_bytes=80 * 2**30,
+                rates=_H100,
+            ),
+            Target(
+                name="sm_100",
+                product="NVIDIA B200",
+                capability=(10, 0),
+                sm_count=148,
+                shared_memory_per_block=227 * 1024,
+                shared_memory_per_sm=228 * 1024,
+                registers_per_sm=65536,
+                l2_bytes=126 * 2**20,
+                memory_bytes=180 * 2**30,
+                rates=_B200,
+            ),
+        )
+    }
+)
+"""The targets that code can be generated for without the device."""
+
+
+def resolve(target: str | Target | None = None) -> Target:
+    """The target called ``target``.
+
+    Args:
+        target: ``"sm_80"`` (A100), ``"sm_90"`` (H100), ``"sm_100"`` (B200); ``"auto"`` or None for the machine's first
+            GPU as it reports itself, or sm_90 on a machine without one; a :class:`Target` passes through.
+
+    Raises:
+        ValueError: no such target, or the machine's GPU is older than Triton's matrix products support (sm_80).
+        TypeError: neither a string nor a target.
+    """
+    if isinstance(target, Target):
+        return target
+    if target is None or target == "auto":
+        return _local() if torch.cuda.is_available() and torch.version.hip is None else TARGETS[DEFAULT]
+    if not isinstance(target, str):
+        raise TypeError(f"target must be a string such as 'sm_90', or 'auto', but got {type(target).__name__}.")
+    if target not in TARGETS:
+        raise ValueError(f"target must be one of {', '.join(TARGETS)} or 'auto', but got {target!r}.")
+    return TARGETS[target]
+
+
+def _local() -> Target:
+    """The first GPU of this machine: its own sizes, and its product's sheet if we have it."""
+    properties = torch.cuda.get_device_properties(0)
+    capability = (properties.major, properties.minor)
+    if capability < (8, 0):
+        raise ValueError(
+            f"target 'auto' must be a GPU of compute capability 8.0 or newer, but this machine has {properties.name} "
+            f"({capability[0]}.{capability[1]}). Name a target: {', '.join(TARGETS)}."
+        )
+    return Target(
+        name=f"sm_{capability[0]}{capability[1]}",
+        product=properties.name,
+        capability=capability,
+        sm_count=properties.multi_processor_count,
+        shared_memory_per_block=properties.shared_memory_per_block_optin,
+        shared_memory_per_sm=properties.shared_memory_per_multiprocessor,
+        registers_per_sm=properties.regs_per_multiprocessor,
+        l2_bytes=properties.L2_cache_size,
+        memory_bytes=properties.total_memory,
+        rates=next((rates for name, rates in _SHEETS if name in properties.name), None),
+    )

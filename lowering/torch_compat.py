@@ -1,0 +1,366 @@
+"""Everything that the package takes from torch's private modules, in one place.
+
+The rest of the package imports private torch names from here and nowhere else, so that a new torch release breaks one
+file, and breaks it loudly: :data:`FENCED` lists every private symbol with the parameters that we pass, and
+``tests/test_torch_compat.py`` checks the list on each supported release. Differences between releases are probed by
+feature (a signature, an attribute), never by version number.
+
+Imports of :mod:`torch._inductor` are deferred into functions: they are heavy, and the operator must work without them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+from torch._higher_order_ops.flex_attention import create_fw_bw_graph
+from torch._higher_order_ops.utils import (
+    UnsupportedAliasMutationException,
+    _has_potential_branch_input_mutation,
+    _maybe_reenter_make_fx,
+    redirect_to_mode,
+    register_fake,
+    save_values_for_backward,
+    saved_values,
+    validate_subgraph_args_types,
+)
+from torch._ops import HigherOrderOperator
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, set_original_aten_op, track_tensor_tree
+from torch.nn.attention.flex_attention import _vmap_for_bhqkv
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
+
+__all__ = [
+    "FENCED",
+    "HigherOrderOperator",
+    "ProxyTorchDispatchMode",
+    "TransformGetItemToIndex",
+    "UnsupportedAliasMutationException",
+    "compile_fx",
+    "create_fw_bw_graph",
+    "functionalized_mutates",
+    "inductor",
+    "mark_static",
+    "missing_symbols",
+    "raise_input",
+    "redirect_checkpointing_modes",
+    "register_dynamo_operator",
+    "register_fake",
+    "save_values_for_backward",
+    "saved_values",
+    "set_original_aten_op",
+    "track_tensor_tree",
+    "trace_mod",
+    "validate_subgraph_args_types",
+    "vectorize_mod",
+]
+
+# Private symbol -> parameters that we pass by name or position. Kept as data so that one test covers them all.
+FENCED: dict[str, tuple[str, ...]] = {
+    "torch._dynamo._trace_wrapped_higher_order_op:TransformGetItemToIndex": (),
+    "torch._dynamo.variables.higher_order_ops:_hop_name_to_variable_class": (),
+    "torch._dynamo.variables.higher_order_ops:FlexAttentionHigherOrderVariable.create_wrapped_node": (
+        "tx",
+        "query",
+        "fn",
+        "fn_name",
+    ),
+    "torch._dynamo.variables.higher_order_ops:FlexAttentionHigherOrderVariable.normalize_to_args": ("args", "kwargs"),
+    "torch._dynamo.variables.lists:TupleVariable": ("items",),
+    "torch._dynamo.variables.builder:wrap_fx_proxy": ("tx", "proxy", "example_value"),
+    "torch._dynamo.utils:proxy_args_kwargs": ("args", "kwargs"),
+    "torch._higher_order_ops.flex_attention:create_fw_bw_graph": ("score_mod", "index_values", "other_buffers"),
+    "torch._higher_order_ops.utils:register_fake": ("hop", "fn"),
+    "torch._higher_order_ops.utils:redirect_to_mode": ("hop", "mode"),
+    "torch._higher_order_ops.utils:validate_subgraph_args_types": ("lifted_args",),
+    "torch._higher_order_ops.utils:_maybe_reenter_make_fx": ("fn",),
+    "torch._higher_order_ops.utils:_has_potential_branch_input_mutation": ("gm", "inputs", "pre_dispatch"),
+    "torch._higher_order_ops.utils:save_values_for_backward": ("ctx", "args"),
+    "torch._higher_order_ops.utils:saved_values": ("ctx",),
+    "torch.nn.attention.flex_attention:_vmap_for_bhqkv": ("fn", "prefix", "suffix", "out_dims"),
+    "torch._inductor:list_mode_options": ("mode",),
+    "torch._inductor.compile_fx:compile_fx": ("model_", "example_inputs_", "inner_compile", "config_patches"),
+    "torch._inductor.ir:ComputedBuffer": (),
+    "torch._inductor.ir:FixedLayout.__init__": ("device", "dtype", "size", "stride"),
+    "torch._inductor.ir:FlexibleLayout.contiguous_strides": ("sizes",),
+    "torch._inductor.ir:IRNode": (),
+    "torch._inductor.ir:Subgraph": (),
+    "torch._inductor.ir:TensorBox": (),
+    "torch._inductor.kernel.flex.common:build_subgraph_buffer": ("args", "subgraph"),
+    "torch._inductor.kernel.flex.common:create_indices_fake": ("x",),
+    "torch._inductor.kernel.flex.common:create_num_blocks_fake_generator": ("sparse_indices",),
+    "torch._inductor.kernel.flex.common:create_placeholder": ("name", "dtype", "device"),
+    "torch._inductor.kernel.flex.common:freeze_irnodes": ("tree",),
+    "torch._inductor.kernel.flex.common:infer_dense_strides": ("size", "orig_strides"),
+    "torch._inductor.kernel.flex.common:maybe_realize": ("args",),
+    "torch._inductor.kernel.flex.flex_attention:process_joint_outputs": ("all_joint_outputs", "num_placeholders"),
+    "torch._inductor.kernel.flex.flex_attention:validate_joint_graph": ("joint_graph",),
+    "torch._inductor.lowering:empty_strided": ("size", "stride", "dtype", "device"),
+    "torch._inductor.lowering:lowerings": (),
+    "torch._inductor.lowering:register_lowering": ("aten_fn", "type_promotion_kind"),
+    "torch._inductor.lowering:to_dtype": ("x", "dtype"),
+    "torch._inductor.select_algorithm:SymbolicGridFn": ("fn",),
+    "torch._inductor.select_algorithm:TritonTemplate.__init__": ("name", "grid", "source"),
+    "torch._inductor.select_algorithm:TritonTemplate.maybe_append_choice": ("choices",),
+    "torch._inductor.select_algorithm:autotune_select_algorithm": (
+        "name",
+        "choices",
+        "input_nodes",
+        "layout",
+        "input_gen_fns",
+    ),
+    "torch._inductor.virtualized:V": (),
+}
+
+
+# --- operator -------------------------------------------------------------------------------------------------------
+
+
+def trace_mod(mod: Callable[..., Any], *example: Any) -> Any:
+    """Trace a mod (or its joint graph) to an FX graph on scalar ``example`` values."""
+    with TransformGetItemToIndex():
+        return _maybe_reenter_make_fx(mod)(*example)
+
+
+def functionalized_mutates(ctx: Any, mod: Callable[..., Any], example: Sequence[Any]) -> bool:
+    """Whether ``mod`` writes into one of its inputs or captured tensors."""
+    pre_dispatch = hasattr(ctx, "mode") and ctx.mode.pre_dispatch
+    with TransformGetItemToIndex():
+        return bool(_has_potential_branch_input_mutation(mod, list(example), pre_dispatch))
+
+
+def redirect_checkpointing_modes(op: HigherOrderOperator) -> None:
+    """Let selective activation checkpointing see ``op`` as one operator."""
+    redirect_to_mode(op, _CachingTorchDispatchMode)
+    redirect_to_mode(op, _CachedTorchDispatchMode)
+
+
+def vectorize_mod(mod: Callable[..., Any], *, n_buffers: int = 0, kind: str = "score") -> Callable[..., Any]:
+    """Lift a flex-style mod over 0-dim tensors to whole ``[B, H, Lq, Lk]`` tensors.
+
+    Args:
+        mod: ``score`` ``(score, b, h, q_idx, kv_idx, *buffers) -> score``, ``mask`` ``(b, h, q_idx, kv_idx, *buffers) ->
+            bool``, or ``joint`` ``(score, b, h, q_idx, kv_idx, grad, *buffers) -> (grad_score, ..., *grad_buffers)``.
+        n_buffers: number of captured tensors, which are not mapped over.
+        kind: ``"score"``, ``"mask"`` or ``"joint"``.
+
+    Returns:
+        the same function over index vectors ``b [B]``, ``h [H]``, ``q_idx [Lq]``, ``kv_idx [Lk]`` and dense scores.
+    """
+    unmapped = (None,) * n_buffers
+    if kind == "score":
+        dense = _vmap_for_bhqkv(mod, prefix=(0,), suffix=unmapped)
+    elif kind == "mask":
+        dense = _vmap_for_bhqkv(mod, prefix=(), suffix=unmapped)
+    else:
+        out_dims: list[int | None] = [0, None, None, None, None, *unmapped]
+        dense = _vmap_for_bhqkv(mod, prefix=(0,), suffix=(0, *unmapped), out_dims=out_dims)
+
+    def run(*args: Any) -> Any:
+        with TransformGetItemToIndex():
+            return dense(*args)
+
+    return run
+
+
+def register_dynamo_operator(op: HigherOrderOperator, *, mods: dict[int, str], on_trace: Callable[[], None]) -> None:
+    """Teach Dynamo to trace a call of ``op`` whose arguments hold mods.
+
+    Args:
+        op: the operator. Its arguments are positional; argument ``i`` in ``mods`` is a mod (or, for ``"mask_fn"``, a tuple
+            whose last item is one). The tensors captured by the mods are lifted and appended as one tuple for each.
+        mods: argument position -> ``"score_mod"`` or ``"mask_fn"``.
+        on_trace: called before each trace (we register our lowerings there).
+    """
+    from torch._dynamo.utils import proxy_args_kwargs
+    from torch._dynamo.variables import higher_order_ops
+    from torch._dynamo.variables.builder import wrap_fx_proxy
+    from torch._dynamo.variables.lists import TupleVariable
+
+    class ParallaxOperatorVariable(higher_order_ops.FlexAttentionHigherOrderVariable):
+        _HOP_NAME = op.__name__
+
+        def _call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
+            on_trace()
+            arguments = self.normalize_to_args(list(args), kwargs)
+            query = arguments[0]
+            # Mods act on scores, which are float32 (float64 for float64 inputs) whatever the inputs are: traced on
+            # low-precision scalars they would round back at every decomposed operation.
+            score_like = query
+            if query.dtype in (torch.bfloat16, torch.float16):
+                score_like = query.call_method(tx, "float", [], {})
+            nodes: dict[int, Any] = {}
+            lifted: list[Any] = []
+            plain = list(arguments)
+            for position, name in mods.items():
+                mod = arguments[position]
+                if name == "mask_fn":
+                    plain[position] = TupleVariable(mod.items[:-1], source=mod.source)
+                    mod = mod.items[-1]
+                nodes[position], captured = self.create_wrapped_node(tx, score_like, mod, name)
+                lifted.append(captured)
+            keep = [i for i in range(len(plain)) if mods.get(i) != "score_mod"]
+            proxies, _ = proxy_args_kwargs([plain[i] for i in keep], {})
+            final: list[Any] = [None] * len(plain)
+            for i, proxy in zip(keep, proxies, strict=True):
+                final[i] = proxy
+            for position, node in nodes.items():
+                final[position] = (*final[position], node) if mods[position] == "mask_fn" else node
+            with set_original_aten_op(self.value):
+                proxy = tx.output.create_proxy("call_function", self.value, args=(*final, *lifted), kwargs={})
+                return wrap_fx_proxy(tx=tx, proxy=proxy, example_value=None)
+
+    higher_order_ops._hop_name_to_variable_class[op.__name__] = ParallaxOperatorVariable
+
+
+mark_static = torch._dynamo.mark_static  # heads and widths stay constants, so that grids and scales do
+
+
+# --- inductor -------------------------------------------------------------------------------------------------------
+
+
+class _Inductor:
+    """The parts of Inductor that a lowering needs, imported on first use."""
+
+    _SOURCES = {
+        "ir": "torch._inductor.ir",
+        "config": "torch._inductor.config",
+        "lowerings": "torch._inductor.lowering:lowerings",
+        "register_lowering": "torch._inductor.lowering:register_lowering",
+        "empty_strided": "torch._inductor.lowering:empty_strided",
+        "to_dtype": "torch._inductor.lowering:to_dtype",
+        "SymbolicGridFn": "torch._inductor.select_algorithm:SymbolicGridFn",
+        "build_subgraph_buffer": "torch._inductor.kernel.flex.common:build_subgraph_buffer",
+        "create_indices_fake": "torch._inductor.kernel.flex.common:create_indices_fake",
+        "create_num_blocks_fake_generator": "torch._inductor.kernel.flex.common:create_num_blocks_fake_generator",
+        "create_placeholder": "torch._inductor.kernel.flex.common:create_placeholder",
+        "freeze_irnodes": "torch._inductor.kernel.flex.common:freeze_irnodes",
+        "infer_dense_strides": "torch._inductor.kernel.flex.common:infer_dense_strides",
+        "maybe_realize": "torch._inductor.kernel.flex.common:maybe_realize",
+        "process_joint_outputs": "torch._inductor.kernel.flex.flex_attention:process_joint_outputs",
+        "validate_joint_graph": "torch._inductor.kernel.flex.flex_attention:validate_joint_graph",
+        "V": "torch._inductor.virtualized:V",
+    }
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self._SOURCES:
+            raise AttributeError(f"torch_compat.inductor has no {name!r}: add it to _SOURCES and FENCED")
+        found = _resolve(self._SOURCES[name])
+        setattr(self, name, found)
+        return found
+
+    def template(self, name: str, grid: Callable[..., Any], source: str) -> Any:
+        """A ``TritonTemplate`` with frozen layouts (the option exists in newer releases only; older ones freeze)."""
+        template = _resolve("torch._inductor.select_algorithm:TritonTemplate")
+        options = {}
+        if "always_freeze_layout" in inspect.signature(template.__init__).parameters:
+            options["always_freeze_layout"] = True
+        return template(name=name, grid=grid, source=source, **options)
+
+    def autotune(self, name: str, choices: list[Any], inputs: list[Any], layout: Any, input_gen_fns: dict) -> Any:
+        """``autotune_select_algorithm``; newer releases return ``(node, choice)``, older ones the node."""
+        select = _resolve("torch._inductor.select_algorithm:autotune_select_algorithm")
+        found = select(name, choices, inputs, layout, input_gen_fns=input_gen_fns)
+        return found[0] if isinstance(found, tuple) else found
+
+
+inductor = _Inductor()
+
+
+def compile_fx(graph: torch.fx.GraphModule, inputs: list[Any], *, mode: str | None, options: dict[str, Any]) -> Any:
+    """Inductor on a Dynamo graph, with ``mode``'s settings under the given ones."""
+    settings = _resolve("torch._inductor:list_mode_options")(mode) if mode not in (None, "default") else {}
+    settings |= {name.replace("-", "_"): option for name, option in options.items()}
+    return _resolve("torch._inductor.compile_fx:compile_fx")(graph, inputs, config_patches=settings or None)
+
+
+def _resolve(source: str) -> Any:
+    module_name, _, symbol = source.partition(":")
+    found: Any = importlib.import_module(module_name)
+    for part in filter(None, symbol.split(".")):
+        found = getattr(found, part)
+    return found
+
+
+def missing_symbols() -> list[str]:
+    """The entries of :data:`FENCED` that this torch release lacks, or whose signature differs from what we call."""
+    problems = []
+    for source, parameters in FENCED.items():
+        try:
+            symbol = _resolve(source)
+        except (ImportError, AttributeError) as error:
+            problems.append(f"{source}: {error}")
+            continue
+        if not parameters:
+            continue
+        known = inspect.signature(symbol).parameters
+        if any(p.kind is p.VAR_KEYWORD for p in known.values()):
+            continue
+        problems += [f"{source}: no parameter {p!r}" for p in parameters if p not in known]
+    return problems
+
+
+# --- user errors inside traced code ---------------------------------------------------------------------------------
+
+
+class _RaiseInput(HigherOrderOperator):
+    """Raises a user error; under Dynamo it does so at trace time, as itself.
+
+    A ``raise`` that Dynamo traces surfaces as "Unsupported: Observed exception" under ``fullgraph=True``. This operator's
+    Dynamo handler raises the very exception instead, so that a wrong argument reads the same compiled or not.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("parallax_raise_input")
+
+    def __call__(self, error: type[Exception], message: str) -> None:
+        raise error(message)
+
+
+raise_input = _RaiseInput()
+
+
+def _register_raise_input() -> None:
+    from torch._dynamo import exc
+    from torch._dynamo.variables import higher_order_ops
+
+    def traced(error: type[Exception]) -> type[Exception]:
+        """``error`` as a class that Dynamo passes on unchanged (it rewraps exceptions that are not its own)."""
+
+        class Traced(error, exc.UserError):  # type: ignore[misc, valid-type]
+            def __init__(self, message: str) -> None:
+                exc.UserError.__init__(self, exc.UserErrorType.INVALID_INPUT, message)
+
+        Traced.__name__, Traced.__qualname__, Traced.__module__ = error.__name__, error.__qualname__, error.__module__
+        return Traced
+
+    class RaiseInputVariable(higher_order_ops.TorchHigherOrderOperatorVariable):
+        _HOP_NAME = raise_input.__name__
+
+        def _call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
+            error, message = args
+            raise traced(error.as_python_constant())(_render(message))
+
+        call_function = _call_function
+
+    higher_order_ops._hop_name_to_variable_class[raise_input.__name__] = RaiseInputVariable
+
+
+def _render(message: Any) -> str:
+    """The text of a traced string; sizes that are symbolic at trace time print as their symbols."""
+    if message.is_python_constant():
+        return str(message.as_python_constant())
+    if hasattr(message, "format_string"):
+        return str(message.format_string).format(*map(_render, message.sym_args))
+    if hasattr(message, "items"):
+        return "(" + ", ".join(map(_render, message.items)) + ")"
+    return str(getattr(message, "sym_num", message))
+
+
+_register_raise_input()

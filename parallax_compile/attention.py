@@ -1,0 +1,404 @@
+"""The call: :func:`attention`, and :func:`flex_attention` with torch's exact signature.
+
+Uncompiled, a call runs the dense reference and says once that it is not fused; under ``torch.compile`` it becomes one
+operator, which the lowering turns into fused kernels. There is no third behaviour.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from . import reference, validation
+from .block_masks import combined_block_mask
+from .errors import InputError, InputTypeError
+from .lowering.dense import allowed_pairs
+from .lowering.operator import BlockMaskOperands, attention_forward
+from .lowering.torch_compat import mark_static, raise_input, vectorize_mod
+from .spec import PARALLAX, SOFTMAX, AttentionSpec
+from .lowering.cache_key import CACHE_SALT
+
+__all__ = ["AuxOutput", "AuxRequest", "attention", "flex_attention"]
+
+ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+class AuxRequest(NamedTuple):
+    """Which auxiliary outputs to return. torch's own ``AuxRequest`` is accepted in its place.
+
+    Attributes:
+        lse: log-sum-exp of the scores, natural logarithm.
+        max_scores: refused (the core keeps no row maxima); the field is torch's.
+        probe_mean: ``t = sum_j p_j s2_j``.
+        value_mean: ``sum_j p_j v_j``, the softmax attention of the same scores.
+        iterations, residual: of the solver, for members with a solved or gradient probe.
+        state: final state of the chunked scan (infinite bandwidth).
+    """
+
+    lse: bool = False
+    max_scores: bool = False
+    probe_mean: bool = False
+    value_mean: bool = False
+    iterations: bool = False
+    residual: bool = False
+    state: bool = False
+
+
+class AuxOutput(NamedTuple):
+    """The auxiliary outputs that were asked for; the others are None. Row statistics are ``[B, Hq, Lq]`` float32."""
+
+    lse: Tensor | None = None
+    max_scores: Tensor | None = None
+    probe_mean: Tensor | None = None
+    value_mean: Tensor | None = None
+    iterations: Tensor | None = None
+    residual: Tensor | None = None
+    state: Any = None
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    probe: Tensor | None = None,
+    *,
+    spec: AttentionSpec | None = None,
+    score_mod: ScoreMod | None = None,
+    covariance_mod: ScoreMod | None = None,
+    block_mask: BlockMask | None = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    return_aux: Any = None,
+    ridge: Tensor | float | None = None,
+    kernel_options: dict[str, Any] | None = None,
+) -> Any:
+    """Attention of the local-linear family: ``out = value mean - Cov_p(s2, v)`` for Parallax, and its relatives.
+
+    Args:
+        query: ``[B, Hq, Lq, D]``, bfloat16, float16, float32 or float64.
+        key: ``[B, Hkv, Lk, D]``; value: ``[B, Hkv, Lk, Dv]``; same dtype and device as query.
+        probe: ``[B, Hq, Lq, D]``, the learned probe ``r``; None for members that take none.
+        spec: the member; None means PARALLAX with a probe and SOFTMAX without.
+        score_mod: ``(score, b, h, q_idx, kv_idx) -> score``, applied to ``scale * q.k`` after the spec's.
+        covariance_mod: the same for the unscaled probe score ``r.k``.
+        block_mask: a torch ``BlockMask`` for ``(Lq, Lk)``; combines with the spec's mask by and.
+        scale: factor of the scores; None means ``1/sqrt(D)``.
+        enable_gqa: allow ``Hq`` to be a multiple of ``Hkv``.
+        return_lse: return ``(out, lse)``.
+        return_aux: an :class:`AuxRequest`; return ``(out, AuxOutput)``.
+        ridge: overrides the spec's ridge; broadcastable to ``[B, Hq, Lq]``, differentiable.
+        kernel_options: tile sizes for the compiled kernels: ``BLOCK_M, BLOCK_N, num_warps, num_stages``, each also with
+            the prefix ``fwd_``, ``bwd_``, ``bwd_query_`` or ``bwd_key_``.
+
+    Returns:
+        ``out [B, Hq, Lq, Dv]`` in query's dtype, alone or with what was asked for. A row with no allowed key gives 0,
+        LSE -inf, ``t`` 0 and zero gradients.
+
+    Raises:
+        InputError: (a ValueError) an impossible value, shape or combination.
+        InputTypeError: (a TypeError) a wrong type or dtype.
+        UnsupportedError: the compiled path does not cover the call.
+
+    Sources: arXiv 2605.29157 (Parallax), arXiv 2510.01450 (LLA); the mods and ``BlockMask`` follow flex_attention.
+    """
+    if spec is None:
+        spec = SOFTMAX if probe is None else PARALLAX
+    if not isinstance(spec, AttentionSpec):
+        raise_input(InputTypeError, f"spec must be an AttentionSpec, but got {type(spec).__name__}.")
+    query, key, value, probe = _autocast(query, key, value, probe)
+    validation.check_tensors(query, key, value, probe, spec, enable_gqa)
+    validation.check_scale(scale, spec)
+    validation.check_mods(spec, score_mod, covariance_mod)
+    validation.check_block_mask(block_mask, query, key)
+    validation.check_ridge(ridge, spec, query)
+    validation.check_kernel_options(kernel_options)
+    request = _aux_request(return_lse, return_aux, spec)
+
+    score_mod = _compose(spec.score_mod, score_mod)
+    covariance_mod = _compose(spec.covariance_mod, covariance_mod)
+    if torch.compiler.is_dynamo_compiling():
+        run = _compiled
+    else:
+        _warn_unfused()
+        run = _uncompiled
+    out, aux = run(query, key, value, probe, spec, score_mod, covariance_mod, block_mask, scale, ridge, kernel_options)
+    if request.value_mean and aux.value_mean is None:
+        # The value mean is the softmax member on the same scores and mask; asking for it is rare, so it is a call.
+        softmax = SOFTMAX.replace(mask_mod=spec.mask_mod)
+        mean, _ = run(query, key, value, None, softmax, score_mod, None, block_mask, scale, None, kernel_options)
+        aux = aux._replace(value_mean=mean)
+    if return_lse:
+        return out, aux.lse
+    if return_aux is not None:
+        return out, AuxOutput(
+            lse=aux.lse if request.lse else None,
+            probe_mean=aux.probe_mean if request.probe_mean else None,
+            value_mean=aux.value_mean if request.value_mean else None,
+            iterations=aux.iterations if request.iterations else None,
+            residual=aux.residual if request.residual else None,
+        )
+    return out
+
+
+def flex_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: ScoreMod | None = None,
+    block_mask: BlockMask | None = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    kernel_options: dict[str, Any] | None = None,
+    *,
+    return_aux: Any = None,
+) -> Any:
+    """Softmax attention with the signature of ``torch.nn.attention.flex_attention.flex_attention``.
+
+    For code that moves over by changing an import: the softmax member of :func:`attention`, which see.
+    """
+    return attention(
+        query,
+        key,
+        value,
+        spec=SOFTMAX,
+        score_mod=score_mod,
+        block_mask=block_mask,
+        scale=scale,
+        enable_gqa=enable_gqa,
+        return_lse=return_lse,
+        return_aux=return_aux,
+        kernel_options=kernel_options,
+    )
+
+
+# --- the two behaviours ---------------------------------------------------------------------------------------------
+
+
+def _uncompiled(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    probe: Tensor | None,
+    spec: AttentionSpec,
+    score_mod: ScoreMod | None,
+    covariance_mod: ScoreMod | None,
+    block_mask: BlockMask | None,
+    scale: float | None,
+    ridge: Tensor | float | None,
+    kernel_options: dict[str, Any] | None,
+) -> tuple[Tensor, AuxOutput]:
+    index = [torch.arange(n, device=query.device) for n in (*query.shape[:3], key.size(2))]
+
+    def dense(mod: ScoreMod | None, name: str) -> Callable[[Tensor], Tensor] | None:
+        if mod is None:
+            return None
+        vectorized = vectorize_mod(mod)
+
+        def run(scores: Tensor) -> Tensor:
+            modified = vectorized(scores, *index) if scores.numel() else scores
+            _check_mod_result(name, modified, bool_expected=False)
+            return modified.to(scores.dtype)
+
+        return run
+
+    def dense_mask(mask_mod: Callable[..., Tensor]) -> Tensor | None:
+        if any(n.numel() == 0 for n in index):
+            return None
+        keep = vectorize_mod(mask_mod, kind="mask")(*index)
+        _check_mod_result("mask_mod", keep, bool_expected=True)
+        return keep
+
+    mask = None
+    if block_mask is not None:
+        mask = dense_mask(block_mask.mask_mod)
+        if mask is not None:
+            mask = allowed_pairs(_operands(block_mask), mask, query.size(2), key.size(2))
+    if spec.mask_mod is not None:
+        own = dense_mask(spec.mask_mod)
+        mask = own if mask is None or own is None else mask & own
+    result = reference.attention(
+        query,
+        key,
+        value,
+        probe,
+        spec=spec,
+        score_mod=dense(score_mod, "score_mod"),
+        covariance_mod=dense(covariance_mod, "covariance_mod"),
+        mask=mask,
+        scale=scale,
+        ridge=ridge,
+    )
+    return result.out, AuxOutput(
+        lse=result.lse,
+        probe_mean=result.probe_mean,
+        value_mean=result.value_mean,
+        iterations=result.iterations,
+        residual=result.residual,
+    )
+
+
+def _compiled(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    probe: Tensor | None,
+    spec: AttentionSpec,
+    score_mod: ScoreMod | None,
+    covariance_mod: ScoreMod | None,
+    block_mask: BlockMask | None,
+    scale: float | None,
+    ridge: Tensor | float | None,
+    kernel_options: dict[str, Any] | None,
+) -> tuple[Tensor, AuxOutput]:
+    validation.check_compiled(query, value, spec)
+    operands = (query, key, value) if probe is None else (query, key, value, probe)
+    if query.numel() == 0 or key.numel() == 0:
+        return _empty(query, value, operands)
+    for tensor in operands:
+        mark_static(tensor, -3)
+        mark_static(tensor, -1)
+    block_mask = combined_block_mask(spec.mask_mod, block_mask, query, key)
+    options = dict(kernel_options) if kernel_options is not None else {}
+    options["cache_salt"] = CACHE_SALT
+    out, _, lse, probe_mean = attention_forward(
+        query,
+        key,
+        value,
+        probe,
+        _identity if score_mod is None else score_mod,
+        _identity if covariance_mod is None else covariance_mod,
+        _operands(block_mask),
+        1.0 / math.sqrt(query.size(3)) if scale is None else float(scale),
+        spec.intercept,
+        False,
+        options,
+    )
+    return out, AuxOutput(lse=lse, probe_mean=probe_mean, value_mean=out if probe is None else None)
+
+
+def _empty(query: Tensor, value: Tensor, operands: tuple[Tensor, ...]) -> tuple[Tensor, AuxOutput]:
+    """No rows or no keys: zeros, connected to the operands so that their gradients are zeros too."""
+    connection = sum(tensor[..., :0].sum() for tensor in operands)
+    out = query.new_zeros((*query.shape[:3], value.size(3))) + connection
+    rows = torch.zeros(query.shape[:3], dtype=torch.float32, device=query.device)
+    return out, AuxOutput(lse=rows - float("inf"), probe_mean=rows, value_mean=out)
+
+
+# --- parts ----------------------------------------------------------------------------------------------------------
+
+
+def _identity(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    return score
+
+
+def _everything(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    return b.new_ones((), dtype=torch.bool)
+
+
+def _compose(first: ScoreMod | None, then: ScoreMod | None) -> ScoreMod | None:
+    """One plain function that Dynamo can trace, whatever kinds of callables the mods are."""
+    if first is None and then is None:
+        return None
+
+    def composed(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        if first is not None:
+            score = first(score, b, h, q_idx, kv_idx)
+        if then is not None:
+            score = then(score, b, h, q_idx, kv_idx)
+        return score
+
+    return composed
+
+
+def _operands(block_mask: BlockMask | None) -> tuple:
+    """A block mask as the operator's plain tuple, read by attribute (``as_tuple`` changes length between releases)."""
+    if block_mask is None:
+        return (*(None,) * 8, 1, 1, _everything)
+    return (
+        block_mask.kv_num_blocks,
+        block_mask.kv_indices,
+        block_mask.full_kv_num_blocks,
+        block_mask.full_kv_indices,
+        block_mask.q_num_blocks,
+        block_mask.q_indices,
+        block_mask.full_q_num_blocks,
+        block_mask.full_q_indices,
+        block_mask.BLOCK_SIZE[0],
+        block_mask.BLOCK_SIZE[1],
+        block_mask.mask_mod,
+    )
+
+
+def _autocast(query: Any, key: Any, value: Any, probe: Any) -> tuple:
+    """Under ``torch.autocast``, the operands in its dtype, as scaled_dot_product_attention has them."""
+    if not isinstance(query, Tensor):
+        return query, key, value, probe
+    kind = query.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return query, key, value, probe
+    dtype = torch.get_autocast_dtype(kind)
+
+    def cast(tensor: Any) -> Any:
+        eligible = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+        return tensor.to(dtype) if eligible else tensor
+
+    return cast(query), cast(key), cast(value), cast(probe)
+
+
+def _aux_request(return_lse: bool, return_aux: Any, spec: AttentionSpec) -> AuxRequest:
+    if return_aux is None:
+        return AuxRequest(lse=return_lse)
+    if return_lse:
+        raise_input(InputError, "return_lse and return_aux exclude each other. Ask return_aux for lse.")
+    request = AuxRequest(
+        lse=getattr(return_aux, "lse", False),
+        max_scores=getattr(return_aux, "max_scores", False),
+        probe_mean=getattr(return_aux, "probe_mean", False),
+        value_mean=getattr(return_aux, "value_mean", False),
+        iterations=getattr(return_aux, "iterations", False),
+        residual=getattr(return_aux, "residual", False),
+        state=getattr(return_aux, "state", False),
+    )
+    if request.max_scores:
+        raise_input(InputError, "return_aux asks for max_scores, which the core does not keep. Ask for lse.")
+    if request.state:
+        raise_input(InputError, "return_aux asks for a state, which this release does not return.")
+    if (request.iterations or request.residual) and spec.probe.kind not in ("solved", "gradient"):
+        raise_input(
+            InputError,
+            "return_aux asks for iterations or residual, which only solved and gradient probes have; "
+            f"the spec's probe is {spec.probe.kind}.",
+        )
+    return request
+
+
+def _check_mod_result(name: str, result: Any, *, bool_expected: bool) -> None:
+    if not isinstance(result, Tensor):
+        raise InputTypeError(f"{name} must return a tensor, but returned {type(result).__name__}.")
+    if bool_expected and result.dtype != torch.bool:
+        raise InputTypeError(f"{name} must return bool, but returned {result.dtype}. Compare, do not subtract.")
+    if not bool_expected and not result.is_floating_point():
+        raise InputTypeError(f"{name} must return a floating score, but returned {result.dtype}.")
+
+
+_warned = False
+
+
+def _warn_unfused() -> None:
+    global _warned
+    if _warned or torch.compiler.is_exporting():
+        return
+    _warned = True
+    warnings.warn(
+        "plx.attention was called without torch.compile: it runs the dense reference, which holds the whole score "
+        "matrix. For fused kernels compile the caller: torch.compile(fn) or @plx.parallax_compile.",
+        stacklevel=3,
+    )

@@ -1,0 +1,58 @@
+"""Block masks of a call: the spec's own, the one given at the call, or both combined by and."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from . import masks
+from .masks import MaskMod
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+
+
+def combined_block_mask(
+    mask_mod: MaskMod | None, block_mask: BlockMask | None, query: Tensor, key: Tensor
+) -> BlockMask | None:
+    """The block mask of a call, or None when every key is allowed.
+
+    Args:
+        mask_mod: the spec's mask.
+        block_mask: the call's, for ``(Lq, Lk)``; its block sizes are kept.
+        query: ``[B, Hq, Lq, D]``; key: ``[B, Hkv, Lk, D]``.
+    """
+    if mask_mod is None:
+        return block_mask
+    batch, heads, q_length, kv_length = query.size(0), query.size(1), query.size(2), key.size(2)
+    if block_mask is None:
+        return masks.block_mask(mask_mod, batch, heads, q_length, kv_length, query.device)
+    own = masks.block_mask(
+        mask_mod, batch, heads, q_length, kv_length, query.device, BLOCK_SIZE=tuple(block_mask.BLOCK_SIZE)
+    )
+    kinds = torch.minimum(block_kinds(own), block_kinds(block_mask))
+    given = block_mask.mask_mod
+
+    def both(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return mask_mod(b, h, q_idx, kv_idx) & given(b, h, q_idx, kv_idx)
+
+    return masks.from_kinds(kinds, (q_length, kv_length), tuple(block_mask.BLOCK_SIZE), both)
+
+
+def block_kinds(block_mask: BlockMask) -> Tensor:
+    """EMPTY, PARTIAL or FULL for each pair of blocks, int8 ``[B, H, q blocks, kv blocks]``."""
+    kinds = _listed(block_mask.kv_num_blocks, block_mask.kv_indices) * PARTIAL
+    if block_mask.full_kv_num_blocks is not None:
+        full = _listed(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
+        kinds = torch.maximum(kinds, full * FULL)
+    return kinds
+
+
+def _listed(counts: Tensor, indices: Tensor) -> Tensor:
+    """1 where a block stands in its row's list, 0 elsewhere."""
+    columns = indices.size(-1)
+    position = torch.arange(columns, device=indices.device)
+    # Entries past a row's count point at one extra column, which is dropped.
+    used = torch.where(position < counts[..., None], indices, columns).to(torch.int64)
+    zeros = torch.zeros((*indices.shape[:-1], columns + 1), dtype=torch.int8, device=indices.device)
+    return zeros.scatter(-1, used, torch.ones_like(used, dtype=torch.int8))[..., :-1]

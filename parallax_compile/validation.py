@@ -1,0 +1,252 @@
+"""What a call of :func:`~parallax_compile.attention` may be: every user error, found before anything is compiled.
+
+The checks are plain Python that Dynamo can trace; :func:`~parallax_compile.lowering.torch_compat.raise_input` makes a
+failed one surface as itself, compiled or not.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from .errors import InputError, InputTypeError, UnsupportedError
+from .lowering.torch_compat import raise_input
+from .spec import AttentionSpec
+
+FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+MAX_WIDTH = 256
+KERNEL_OPTIONS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+KERNEL_OPTION_PREFIXES = ("", "fwd_", "bwd_", "bwd_query_", "bwd_key_")
+
+
+def check_tensors(query: Tensor, key: Tensor, value: Tensor, probe: Any, spec: AttentionSpec, enable_gqa: bool) -> None:
+    """Ranks, devices, dtypes, widths, heads and lengths of the operands, and whether the spec takes a probe."""
+    if probe is not None and not isinstance(probe, Tensor):
+        if callable(probe):
+            raise_input(
+                InputTypeError, "probe must be a tensor, but got a callable. To pass a score mod write score_mod=..."
+            )
+        raise_input(InputTypeError, f"probe must be a tensor or None, but got {type(probe).__name__}.")
+    for name, tensor in (("query", query), ("key", key), ("value", value), ("probe", probe)):
+        if tensor is None and name == "probe":
+            continue
+        if not isinstance(tensor, Tensor):
+            raise_input(InputTypeError, f"{name} must be a tensor, but got {type(tensor).__name__}.")
+        if tensor.dim() != 4:
+            raise_input(
+                InputError, f"{name} must be 4-D, [batch, heads, length, width], but got shape {tuple(tensor.shape)}."
+            )
+        if tensor.dtype not in FLOATING:
+            raise_input(
+                InputTypeError,
+                f"{name} must be bfloat16, float16, float32 or float64, but got {tensor.dtype}. Cast it first.",
+            )
+        if tensor.dtype != query.dtype:
+            raise_input(
+                InputTypeError,
+                f"{name} must have query's dtype {query.dtype}, but got {tensor.dtype}. Cast it, or use torch.autocast.",
+            )
+        if tensor.device != query.device:
+            raise_input(
+                InputError, f"{name} must be on query's device {query.device}, but got {tensor.device}. Move it first."
+            )
+        if tensor.size(0) != query.size(0):
+            raise_input(
+                InputError,
+                f"{name} must have query's batch size {query.size(0)}, but got {tensor.size(0)}. "
+                "Expand it (an expanded tensor is not copied).",
+            )
+    takes_probe = spec.probe.kind == "learned"
+    if takes_probe and probe is None:
+        raise_input(
+            InputError,
+            "the spec has a learned probe, so probe must be a tensor [batch, query heads, query length, width]; "
+            "got None. Pass it, or use plx.SOFTMAX.",
+        )
+    if not takes_probe and probe is not None:
+        raise_input(
+            InputError,
+            f"the spec's probe is {spec.probe.kind}, which takes no probe tensor, but one was given. "
+            "Drop it, or use a spec with plx.Learned().",
+        )
+    if key.size(3) != query.size(3):
+        raise_input(
+            InputError, f"key must have query's width D = {query.size(3)}, but got {key.size(3)} (the last dimension)."
+        )
+    if probe is not None and probe.shape != query.shape:
+        raise_input(
+            InputError,
+            f"probe must have query's shape {tuple(query.shape)}, but got {tuple(probe.shape)}.",
+        )
+    if value.size(1) != key.size(1) or value.size(2) != key.size(2):
+        raise_input(
+            InputError,
+            "value must have key's heads and length, "
+            f"({key.size(1)}, {key.size(2)}), but got ({value.size(1)}, {value.size(2)}).",
+        )
+    if query.size(3) < 1 or value.size(3) < 1:
+        raise_input(InputError, "query and value must have a width of at least 1, but got 0 (the last dimension).")
+    if query.size(1) != key.size(1):
+        if not enable_gqa:
+            raise_input(
+                InputError,
+                f"query has {query.size(1)} heads and key has {key.size(1)}. "
+                "For grouped-query attention pass enable_gqa=True.",
+            )
+        if key.size(1) == 0 or query.size(1) % key.size(1) != 0:
+            raise_input(
+                InputError,
+                f"query's heads must be a multiple of key's for grouped-query attention, "
+                f"but got {query.size(1)} and {key.size(1)}.",
+            )
+
+
+def check_scale(scale: Any, spec: AttentionSpec) -> None:
+    """``scale`` is a finite number, and is not given at infinite bandwidth, where there is no score to scale."""
+    if scale is None:
+        return
+    if isinstance(scale, Tensor) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
+        raise_input(InputTypeError, f"scale must be a number or None, but got {type(scale).__name__}.")
+    if isinstance(scale, float) and not math.isfinite(scale):
+        raise_input(InputError, f"scale must be finite, but got {scale}. None means 1/sqrt(D).")
+    if spec.bandwidth.kind == "infinite":
+        raise_input(
+            InputError, f"scale must be None at infinite bandwidth, which has no scores to scale; got {scale}."
+        )
+
+
+def check_mods(spec: AttentionSpec, score_mod: Any, covariance_mod: Any) -> None:
+    """The call's mods: callable, of five positional arguments, and meaningful for the spec."""
+    for name, mod in (("score_mod", score_mod), ("covariance_mod", covariance_mod)):
+        if mod is None:
+            continue
+        if not callable(mod):
+            raise_input(InputTypeError, f"{name} must be callable or None, but got {type(mod).__name__}.")
+    if score_mod is not None and spec.bandwidth.kind == "infinite":
+        raise_input(InputError, "score_mod has no effect at infinite bandwidth, where every allowed key weighs the same.")
+    if covariance_mod is not None and spec.probe.kind == "zero":
+        raise_input(InputError, "covariance_mod needs a probe, but the spec's probe is zero.")
+
+
+def check_arity(name: str, mod: Callable[..., Any], expected: tuple[str, ...]) -> None:
+    """``mod`` takes the positional arguments ``expected``. Not traced: called where Dynamo sees a constant result."""
+    try:
+        inspect.signature(mod).bind(*expected)
+    except TypeError as error:
+        raise InputTypeError(
+            f"{name} must take ({', '.join(expected)}), but {getattr(mod, '__qualname__', mod)!r} does not: {error}. "
+            "Mods are told apart by their names, not by their arity."
+        ) from None
+    except ValueError:  # a builtin without a signature: the trace will tell
+        return
+
+
+def check_block_mask(block_mask: Any, query: Tensor, key: Tensor) -> None:
+    """A ``BlockMask`` for these lengths, batch, heads and device."""
+    if block_mask is None:
+        return
+    if not isinstance(block_mask, BlockMask):
+        hint = " A mask function goes into the spec (mask_mod=), or through plx.masks.block_mask." if callable(
+            block_mask
+        ) else ""
+        raise_input(
+            InputTypeError,
+            f"block_mask must be a torch.nn.attention.flex_attention.BlockMask or None, "
+            f"but got {type(block_mask).__name__}.{hint}",
+        )
+    q_length, kv_length = block_mask.seq_lengths
+    if q_length != query.size(2) or kv_length != key.size(2):
+        raise_input(
+            InputError,
+            f"block_mask was made for lengths (q, kv) = ({q_length}, {kv_length}), "
+            f"but query and key have ({query.size(2)}, {key.size(2)}). Make it for these lengths.",
+        )
+    if block_mask.kv_num_blocks.size(0) not in (1, query.size(0)):
+        raise_input(
+            InputError,
+            f"block_mask must be for batch size 1 or {query.size(0)}, but got {block_mask.kv_num_blocks.size(0)}.",
+        )
+    if block_mask.kv_num_blocks.size(1) not in (1, query.size(1)):
+        raise_input(
+            InputError,
+            f"block_mask must be for 1 or {query.size(1)} query heads, but got {block_mask.kv_num_blocks.size(1)}.",
+        )
+    if block_mask.kv_num_blocks.device != query.device:
+        raise_input(
+            InputError,
+            f"block_mask must be on query's device {query.device}, but got {block_mask.kv_num_blocks.device}.",
+        )
+
+
+def check_ridge(ridge: Any, spec: AttentionSpec, query: Tensor) -> None:
+    """A tensor ridge goes with a solved or gradient probe and broadcasts to ``[B, Hq, Lq]``; its values are not read."""
+    if ridge is None:
+        return
+    if spec.probe.kind not in ("solved", "gradient"):
+        raise_input(
+            InputError, f"ridge needs a solved or gradient probe, but the spec's probe is {spec.probe.kind}. Drop it."
+        )
+    if isinstance(ridge, (int, float)):
+        if not (math.isfinite(ridge) and ridge > 0):
+            raise_input(InputError, f"ridge must be positive and finite, but got {ridge}.")
+        return
+    if not isinstance(ridge, Tensor) or not ridge.is_floating_point():
+        raise_input(InputTypeError, f"ridge must be a floating tensor or a number, but got {type(ridge).__name__}.")
+    rows = tuple(query.shape[:3])
+    if ridge.dim() > 3 or any(
+        have not in (1, want) for have, want in zip(reversed(ridge.shape), reversed(rows), strict=False)
+    ):
+        raise_input(
+            InputError,
+            f"ridge must broadcast to [batch, query heads, query length] = {rows}, but got shape {tuple(ridge.shape)}.",
+        )
+
+
+def check_kernel_options(options: Any) -> None:
+    """``kernel_options``: known names (with an optional stage prefix) and positive integer values."""
+    if options is None:
+        return
+    if not isinstance(options, Mapping):
+        raise_input(InputTypeError, f"kernel_options must be a dict or None, but got {type(options).__name__}.")
+    for name, option in options.items():
+        known = False
+        for prefix in KERNEL_OPTION_PREFIXES:
+            for known_name in KERNEL_OPTIONS:
+                if name == prefix + known_name:
+                    known = True
+        if not known:
+            raise_input(
+                InputError,
+                f"kernel_options has an unknown name {name}. Known: {', '.join(KERNEL_OPTIONS)}, "
+                "each also with the prefix fwd_, bwd_, bwd_query_ or bwd_key_.",
+            )
+        if not isinstance(option, int) or option < 1:
+            raise_input(InputError, f"kernel_options[{name}] must be a positive integer, but got {option}.")
+        if "BLOCK" in name and (option < 16 or option & (option - 1)):
+            raise_input(InputError, f"kernel_options[{name}] must be a power of two of at least 16, but got {option}.")
+
+
+def check_compiled(query: Tensor, value: Tensor, spec: AttentionSpec) -> None:
+    """What the compiled path covers; the rest is the reference's, uncompiled."""
+    instead = "Call plx.attention outside of torch.compile: the reference covers it."
+    if spec.bandwidth.kind != "finite":
+        raise_input(UnsupportedError, f"compiled attention at infinite bandwidth is not there yet. {instead}")
+    if spec.probe.kind not in ("zero", "learned"):
+        raise_input(UnsupportedError, f"compiled attention with a {spec.probe.kind} probe is not there yet. {instead}")
+    device = query.device.type
+    if device not in ("cpu", "cuda"):
+        raise_input(UnsupportedError, f"compiled attention runs on cpu and cuda, not on {device}. {instead}")
+    if device == "cuda" and query.dtype == torch.float64:
+        raise_input(UnsupportedError, f"compiled attention on cuda does not take float64. {instead}")
+    if query.size(3) > MAX_WIDTH or value.size(3) > MAX_WIDTH:
+        raise_input(
+            UnsupportedError,
+            f"compiled attention takes widths up to {MAX_WIDTH}, but got D = {query.size(3)}, Dv = {value.size(3)}. "
+            f"{instead}",
+        )

@@ -1,0 +1,28 @@
+"""The kernel texts, one ``*.py.jinja`` for each stage, and their loader. Knows nothing but the files beside it."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+_HERE = Path(__file__).parent
+_SHARED = "core_shared"
+
+
+@functools.cache
+def load(name: str) -> str:
+    """The text of stage ``name``: the shared macros followed by the stage's own template.
+
+    Raises:
+        FileNotFoundError: there is no such template.
+    """
+    return _read(_SHARED) + _read(name)
+
+
+def texts() -> list[bytes]:
+    """Every template, in a fixed order."""
+    return [path.read_bytes() for path in sorted(_HERE.glob("*.jinja"))]
+
+
+def _read(name: str) -> str:
+    return (_HERE / f"{name}.py.jinja").read_text(encoding="utf-8")
