@@ -8,6 +8,7 @@ function gets results of the right shapes, so that long sequences cost nothing.
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 import re
 import threading
@@ -20,10 +21,11 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
+from ..errors import InputError, InputTypeError, ParallaxError, UnsupportedError
 from . import torch_compat_codegen_part as compat
 from .targets import Target, resolve
 
-__all__ = ["Argument", "GeneratedCode", "GeneratedGraph", "GeneratedKernel", "Recorder", "fresh", "generate"]
+__all__ = ["Argument", "GeneratedCode", "GeneratedGraph", "GeneratedKernel", "Recorder", "fresh", "generate", "require_triton"]
 
 Direction = Literal["forward", "backward"]
 Execute = Callable[["GeneratedGraph", fx.GraphModule, list[Any]], Sequence[Any]]
@@ -147,21 +149,36 @@ def generate(
         dynamic: as for ``torch.compile``: whether lengths are symbols of the generated code.
 
     Raises:
-        ValueError: the target is unknown, or no stage has the candidate.
-        TypeError: ``candidate`` is neither an int nor a mapping.
+        InputError: the target is unknown, or no stage has the candidate.
+        InputTypeError: ``candidate`` is neither an int nor a mapping.
+        UnsupportedError: triton is not installed.
+        ParallaxError: whatever ``fn`` itself or the lowering raises, as itself.
     """
+    require_triton()
     resolved = resolve(target)
     recorder = Recorder(resolved, candidate=candidate, max_autotune=max_autotune)
     flat, structure = pytree.tree_flatten((list(args), dict(kwargs or {})))
     flat = _prepared(flat, backward)
-    recorder.transplant = not any(isinstance(leaf, Tensor) and leaf.device.type == "cuda" for leaf in flat)
     args, kwargs = pytree.tree_unflatten(flat, structure)
-    with LOCK, compat.deterministic_tracing(), torch.set_grad_enabled(backward):
+    with LOCK, compat.deterministic_tracing(), torch.set_grad_enabled(backward), _user_errors():
         compiled = torch.compile(fresh(fn), backend=recorder.backend, fullgraph=True, dynamic=dynamic)
         results = compiled(*args, **kwargs)
         if backward:
             _differentiate(results)
     return recorder.code()
+
+
+def require_triton() -> Any:
+    """The triton module.
+
+    Raises:
+        UnsupportedError: it is not installed.
+    """
+    try:
+        import triton
+    except ImportError as error:
+        raise UnsupportedError("generated kernels need triton, which is not installed (pip install triton).") from error
+    return triton
 
 
 class Recorder:
@@ -182,7 +199,6 @@ class Recorder:
         execute: Execute | None = None,
     ) -> None:
         self.target = target
-        self.transplant = True
         self._candidate = _checked_candidate(candidate)
         self._execute = execute or _without_values
         self._every = max_autotune or self._candidate.any
@@ -194,7 +210,7 @@ class Recorder:
         """What was recorded so far.
 
         Raises:
-            ValueError: a candidate was asked for that no stage has.
+            InputError: a candidate was asked for that no stage has.
         """
         self._candidate.check(self._offered)
         order = sorted(self._graphs, key=lambda graph: graph.direction == "backward")
@@ -202,7 +218,7 @@ class Recorder:
 
     def _compile(self, graph: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[[list[Any]], Any]:
         traced, there = graph, list(inputs)
-        if self.transplant:
+        if not any(isinstance(value, Tensor) and value.device.type == "cuda" for value in inputs):
             graph, there = compat.move_graph(graph, inputs)
         else:
             traced = copy.deepcopy(graph)
@@ -269,12 +285,12 @@ class _Candidate:
     def check(self, offered: Mapping[str, Sequence[Any]]) -> None:
         counts = {stage: len(choices) for stage, choices in offered.items()}
         if counts and self.everywhere >= max(counts.values()):
-            raise ValueError(f"candidate must be below the number that some stage offers ({counts}), but got {self.everywhere}.")
+            raise InputError(f"candidate must be below the number that some stage offers ({counts}), but got {self.everywhere}.")
         for stage, index in self.by_stage.items():
             if stage not in counts:
-                raise ValueError(f"candidate names the stage {stage!r}, but the call has the stages {', '.join(counts)}.")
+                raise InputError(f"candidate names the stage {stage!r}, but the call has the stages {', '.join(counts)}.")
             if index >= counts[stage]:
-                raise ValueError(f"candidate of {stage} must be below {counts[stage]}, but got {index}.")
+                raise InputError(f"candidate of {stage} must be below {counts[stage]}, but got {index}.")
 
 
 def _checked_candidate(candidate: int | Mapping[str, int]) -> _Candidate:
@@ -284,9 +300,9 @@ def _checked_candidate(candidate: int | Mapping[str, int]) -> _Candidate:
         found = _Candidate(everywhere=candidate)
     for index in (found.everywhere, *found.by_stage.values()):
         if isinstance(index, bool) or not isinstance(index, int):
-            raise TypeError(f"candidate must be an int, or a mapping of stage to int, but got {index!r}.")
+            raise InputTypeError(f"candidate must be an int, or a mapping of stage to int, but got {index!r}.")
         if index < 0:
-            raise ValueError(f"candidate must be 0 or greater, but got {index}.")
+            raise InputError(f"candidate must be 0 or greater, but got {index}.")
     return found
 
 
@@ -384,6 +400,22 @@ def _leaves(outputs: list[Tensor]) -> Iterator[Tensor]:
         if hasattr(node, "variable"):
             yield node.variable
         pending += [following for following, _ in node.next_functions]
+
+
+@contextlib.contextmanager
+def _user_errors() -> Iterator[None]:
+    """Raise our own errors as themselves where the compiler wrapped them in its own."""
+    try:
+        yield
+    except ParallaxError:
+        raise
+    except Exception as error:
+        inner: BaseException | None = error
+        while inner is not None and not isinstance(inner, ParallaxError):
+            inner = getattr(inner, "inner_exception", None) or inner.__cause__ or inner.__context__
+        if inner is None:
+            raise
+        raise inner from error
 
 
 def _described(argument: Any) -> Argument | int | None:

@@ -16,8 +16,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from ..errors import UnsupportedError
 from . import torch_compat_codegen_part as compat
-from .codegen import LOCK, GeneratedKernel
+from .codegen import LOCK, GeneratedKernel, require_triton
 from .targets import Target, resolve
 
 __all__ = ["STAGES", "CompiledKernel", "Resources", "compile_kernel", "tool"]
@@ -80,6 +81,11 @@ class CompiledKernel:
         return self.kernel.name
 
     @property
+    def fits(self) -> bool:
+        """Whether the target has the shared memory that a block needs; a launch fails otherwise."""
+        return self.resources.shared_memory <= self.target.shared_memory_per_block
+
+    @property
     def instructions(self) -> frozenset[str]:
         """Families of matrix instructions in the PTX: ``mma``, ``wgmma``, ``tcgen05``."""
         families = {"mma": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma"}
@@ -95,13 +101,13 @@ def compile_kernel(kernel: GeneratedKernel, target: str | Target | None = None) 
         target: see :func:`.targets.resolve`.
 
     Raises:
-        ValueError: unknown target; or the kernel needs more shared memory than the target has.
-        RuntimeError: triton is not installed, or this process runs Triton's interpreter (``TRITON_INTERPRET=1``).
+        InputError: unknown target.
+        UnsupportedError: triton is not installed, or this process runs Triton's interpreter (``TRITON_INTERPRET=1``).
     """
     resolved = resolve(target)
-    triton = _triton()
+    triton = require_triton()
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
-        raise RuntimeError("kernels cannot be compiled in a process of Triton's interpreter: unset TRITON_INTERPRET.")
+        raise UnsupportedError("kernels cannot be compiled in a process of Triton's interpreter: unset TRITON_INTERPRET.")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -121,11 +127,6 @@ def compile_kernel(kernel: GeneratedKernel, target: str | Target | None = None) 
     if report is None:
         missing["resources"] = reason
     shared = int(binary.metadata.shared)
-    if shared > resolved.shared_memory_per_block:
-        raise ValueError(
-            f"{kernel.name} needs {shared} bytes of shared memory, but {resolved.name} has {resolved.shared_memory_per_block}."
-            " Make BLOCK_M, BLOCK_N or num_stages smaller."
-        )
     return CompiledKernel(
         kernel=kernel,
         target=resolved,
@@ -146,16 +147,8 @@ def compile_kernel(kernel: GeneratedKernel, target: str | Target | None = None) 
 @functools.cache
 def tool(name: str) -> Path | None:
     """Path of a CUDA tool in the triton wheel (``ptxas``, ``ptxas-blackwell``, ``nvdisasm``, ``cuobjdump``), or None."""
-    path = Path(_triton().__file__).parent / "backends" / "nvidia" / "bin" / name
+    path = Path(require_triton().__file__).parent / "backends" / "nvidia" / "bin" / name
     return path if path.exists() else None
-
-
-def _triton() -> Any:
-    try:
-        import triton
-    except ImportError as error:
-        raise RuntimeError("triton is not installed: generated kernels cannot be compiled (pip install triton).") from error
-    return triton
 
 
 def _assemble(ptx: str, target: Target) -> tuple[str | None, str]:

@@ -11,6 +11,7 @@ import torch
 from .. import templates
 from . import cpu
 from .candidates import candidates, padded
+from .mod_graphs import is_always_true, is_identity
 from .operator import BlockMaskOperands, attention_backward, attention_forward
 from .plan import Plan, Problem, make_plan
 from .torch_compat import inductor
@@ -81,23 +82,8 @@ def _inline(graph: Any, buffers: Sequence[Any], device: torch.device, *, score: 
     return value
 
 
-def _is_identity(graph: Any) -> bool:
-    nodes = list(graph.graph_module.graph.nodes)
-    (returned,) = nodes[-1].args
-    if isinstance(returned, (list, tuple)):
-        (returned,) = returned
-    return returned is nodes[0]
-
-
-def _is_always_true(graph: Any) -> bool:
-    """The graph of a mask that reads neither its indices nor a tensor: only ``new_ones`` and the like."""
-    made = (torch.ops.aten.new_ones.default, torch.ops.aten.ones.default, torch.ops.aten.full.default)
-    calls = [node for node in graph.graph_module.graph.nodes if node.op == "call_function"]
-    return all(node.target in made for node in calls) and len(calls) == 1
-
-
 def _forward_mod(graph: Any, buffers: Sequence[Any], device: torch.device) -> _Mod:
-    return _Mod(_inline(graph, buffers, device, score=True), _realized(buffers), _is_identity(graph))
+    return _Mod(_inline(graph, buffers, device, score=True), _realized(buffers), is_identity(graph.graph_module))
 
 
 def _backward_mod(graph: Any, joint: Any, buffers: Sequence[Any], device: torch.device) -> _Mod:
@@ -191,7 +177,7 @@ def _call(
         *mods,
         mask=_inline(mask_graph, mask_buffers, device, score=False),
         mask_buffers=_realized(mask_buffers),
-        has_mask=not _is_always_true(mask_graph),
+        has_mask=not is_always_true(mask_graph.graph_module),
         scale=scale,
         intercept=intercept,
         options={name: option for name, option in options.items() if name != "cache_salt"},

@@ -12,6 +12,8 @@ from types import MappingProxyType
 
 import torch
 
+from ..errors import InputError, InputTypeError
+
 __all__ = ["DEFAULT", "TARGETS", "Rates", "Target", "resolve"]
 
 DEFAULT = "sm_90"
@@ -45,10 +47,10 @@ class Rates:
             tf32: whether float32 products may be rounded to TF32.
 
         Raises:
-            ValueError: no kernel of ours takes the dtype.
+            InputError: no kernel of ours takes the dtype.
         """
         if dtype not in ("bfloat16", "float16", "float32"):
-            raise ValueError(f"dtype must be bfloat16, float16 or float32, but got {dtype!r}.")
+            raise InputError(f"dtype must be bfloat16, float16 or float32, but got {dtype!r}.")
         return self.tf32 if tf32 and dtype == "float32" else getattr(self, dtype)
 
 
@@ -157,17 +159,17 @@ def resolve(target: str | Target | None = None) -> Target:
             GPU as it reports itself, or sm_90 on a machine without one; a :class:`Target` passes through.
 
     Raises:
-        ValueError: no such target, or the machine's GPU is older than Triton's matrix products support (sm_80).
-        TypeError: neither a string nor a target.
+        InputError: no such target, or the machine's GPU is older than Triton's matrix products support (sm_80).
+        InputTypeError: neither a string nor a target.
     """
     if isinstance(target, Target):
         return target
     if target is None or target == "auto":
         return _local() if torch.cuda.is_available() and torch.version.hip is None else TARGETS[DEFAULT]
     if not isinstance(target, str):
-        raise TypeError(f"target must be a string such as 'sm_90', or 'auto', but got {type(target).__name__}.")
+        raise InputTypeError(f"target must be a string such as 'sm_90', or 'auto', but got {type(target).__name__}.")
     if target not in TARGETS:
-        raise ValueError(f"target must be one of {', '.join(TARGETS)} or 'auto', but got {target!r}.")
+        raise InputError(f"target must be one of {', '.join(TARGETS)} or 'auto', but got {target!r}.")
     return TARGETS[target]
 
 
@@ -176,7 +178,7 @@ def _local() -> Target:
     properties = torch.cuda.get_device_properties(0)
     capability = (properties.major, properties.minor)
     if capability < (8, 0):
-        raise ValueError(
+        raise InputError(
             f"target 'auto' must be a GPU of compute capability 8.0 or newer, but this machine has {properties.name} "
             f"({capability[0]}.{capability[1]}). Name a target: {', '.join(TARGETS)}."
         )

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch._higher_order_ops.flex_attention import create_fw_bw_graph
@@ -46,6 +47,7 @@ __all__ = [
     "create_fw_bw_graph",
     "functionalized_mutates",
     "inductor",
+    "inline_in_lowering",
     "mark_static",
     "missing_symbols",
     "raise_input",
@@ -57,6 +59,7 @@ __all__ = [
     "set_original_aten_op",
     "track_tensor_tree",
     "trace_mod",
+    "traced_while_loop",
     "validate_subgraph_args_types",
     "vectorize_mod",
 ]
@@ -76,6 +79,10 @@ FENCED: dict[str, tuple[str, ...]] = {
     "torch._dynamo.variables.builder:wrap_fx_proxy": ("tx", "proxy", "example_value"),
     "torch._dynamo.utils:proxy_args_kwargs": ("args", "kwargs"),
     "torch._higher_order_ops.flex_attention:create_fw_bw_graph": ("score_mod", "index_values", "other_buffers"),
+    "torch._higher_order_ops.while_loop:while_loop_op": (),
+    "torch._inductor.decomposition:select_decomp_table": (),
+    "torch._inductor.fx_passes.post_grad:view_to_reshape": ("gm",),
+    "torch._inductor.lowering:process_subgraph_nodes": ("graph_module", "args"),
     "torch._higher_order_ops.utils:register_fake": ("hop", "fn"),
     "torch._higher_order_ops.utils:redirect_to_mode": ("hop", "mode"),
     "torch._higher_order_ops.utils:validate_subgraph_args_types": ("lifted_args",),
@@ -304,6 +311,79 @@ def missing_symbols() -> list[str]:
             continue
         problems += [f"{source}: no parameter {p!r}" for p in parameters if p not in known]
     return problems
+
+
+# --- inlining a traced function (CPU) --------------------------------------------------------------------------------
+
+
+def traced_while_loop(
+    condition: Callable[..., Tensor], body: Callable[..., tuple], carried: Sequence[Tensor], operands: Sequence[Any]
+) -> Any:
+    """torch's ``while_loop`` with explicit operands, as a node of the graph being traced."""
+    return _resolve("torch._higher_order_ops.while_loop:while_loop_op")(
+        condition, body, tuple(carried), tuple(operands)
+    )
+
+
+def inline_in_lowering(function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+    """Trace ``function`` on the fake tensors of the node being lowered and lower the result in the node's place.
+
+    Args:
+        function: plain torch code with the node's arguments; mods arrive as FX graphs.
+        arguments: the node's arguments as the lowering got them.
+    """
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.lowering import process_subgraph_nodes
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    graph, ir = inductor.V.graph, inductor.ir
+    root = graph.module
+
+    def fake(argument: Any) -> Any:
+        if not isinstance(argument, torch.fx.Node):
+            return argument
+        if argument.op == "get_attr" and isinstance(getattr(root, str(argument.target), None), torch.fx.GraphModule):
+            return getattr(root, str(argument.target))
+        return argument.meta["val"]
+
+    given, structure = pytree.tree_flatten(
+        list(arguments), is_leaf=lambda leaf: isinstance(leaf, (ir.Subgraph, ir.IRNode))
+    )
+    node_arguments = pytree.tree_leaves(
+        list(graph.current_node.args), is_leaf=lambda leaf: leaf is None or isinstance(leaf, torch.fx.Node)
+    )
+    fakes = [fake(argument) for argument in node_arguments]
+    dynamic = [i for i, leaf in enumerate(fakes) if isinstance(leaf, (Tensor, torch.SymInt, torch.SymFloat))]
+
+    def call(*values: Any) -> Any:
+        leaves = list(fakes)
+        for position, leaf in zip(dynamic, values, strict=True):
+            leaves[position] = leaf
+        return function(*pytree.tree_unflatten(leaves, structure))
+
+    fake_mode = next(leaf.fake_mode for leaf in fakes if isinstance(leaf, Tensor))
+    with fake_mode, inductor.V.set_fake_mode(fake_mode):
+        traced = make_fx(call, decomposition_table=select_decomp_table())(*[fakes[i] for i in dynamic])
+    _lift_subgraphs(traced, root)
+    _views_as_reshapes(traced)
+    return process_subgraph_nodes(traced, [given[i] for i in dynamic])
+
+
+def _lift_subgraphs(traced: torch.fx.GraphModule, root: torch.fx.GraphModule) -> None:
+    """Hang the loop bodies of an inlined graph on the graph that Inductor lowers, where it looks for them."""
+    for node in traced.graph.nodes:
+        if node.op == "get_attr":
+            name = f"parallax_inlined_{len(root._modules)}_{node.target}"
+            value = getattr(traced, node.target)
+            if isinstance(value, torch.fx.GraphModule):
+                _views_as_reshapes(value)
+            setattr(root, name, value)
+            node.target = name
+
+
+def _views_as_reshapes(traced: torch.fx.GraphModule) -> None:
+    """Views become reshapes: Inductor chooses layouts that the traced strides do not foresee."""
+    _resolve("torch._inductor.fx_passes.post_grad:view_to_reshape")(traced)
 
 
 # --- user errors inside traced code ---------------------------------------------------------------------------------

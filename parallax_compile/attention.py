@@ -342,7 +342,7 @@ def _autocast(query: Any, key: Any, value: Any, probe: Any) -> tuple:
     if not isinstance(query, Tensor):
         return query, key, value, probe
     kind = query.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
         return query, key, value, probe
     dtype = torch.get_autocast_dtype(kind)
 

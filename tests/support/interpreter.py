@@ -109,7 +109,7 @@ def run_generated(
 
     Args:
         args, kwargs: CPU tensors (and anything else). With ``backward``, those that require a gradient get one; if none does,
-            every floating tensor.
+            every floating tensor among them.
         captured: tensors that ``fn`` reaches by itself and whose gradients are wanted too.
         grad_outputs: gradients of the differentiable outputs, in their order (None: not used); standard normal numbers from a
             fixed seed without it.
@@ -119,7 +119,7 @@ def run_generated(
     compiled = interpreted(fn, target=target, candidate=candidate, max_autotune=max_autotune, dynamic=dynamic)
     flat, structure = pytree.tree_flatten((list(args), dict(kwargs or {})))
     tensors = [leaf for leaf in flat if isinstance(leaf, Tensor)]
-    every = not any(tensor.requires_grad for tensor in (*tensors, *captured))
+    every = not any(tensor.requires_grad for tensor in tensors)
 
     def leaf_of(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -201,7 +201,12 @@ class _Runner:
         return module
 
     def _kernel(self, name: str, source: str) -> Any:
-        return _Kernel(name, compat.load_kernel(name, source), self._launches)
+        kernel = compat.load_kernel(name, source)
+        tile = kernel.configs[0].kwargs
+        if "XBLOCK" in tile:
+            # A block costs the interpreter the same whatever its size: give Inductor's own kernels few large ones.
+            tile["XBLOCK"] = max(tile["XBLOCK"], min(256, kernel.size_hints["x"]))
+        return _Kernel(name, kernel, self._launches)
 
 
 @dataclass

@@ -1,0 +1,33 @@
+"""What a traced mod says about itself, so that a trivial one costs nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def is_identity(graph: torch.fx.GraphModule) -> bool:
+    """Whether a score mod returns its score as it came."""
+    nodes = list(graph.graph.nodes)
+    (returned,) = nodes[-1].args
+    if isinstance(returned, (list, tuple)):
+        (returned,) = returned
+    return returned is nodes[0]
+
+
+def is_always_true(graph: torch.fx.GraphModule) -> bool:
+    """Whether a mask reads neither its indices nor a tensor: it only makes a constant (ours makes True)."""
+    made: tuple[Any, ...] = (
+        torch.ops.aten.new_ones.default,
+        torch.ops.aten.ones.default,
+        torch.ops.aten.full.default,
+    )
+    calls = [node for node in graph.graph.nodes if node.op == "call_function"]
+    return len(calls) == 1 and calls[0].target in made
+
+
+def differentiated_buffers(joint: torch.fx.GraphModule) -> tuple[bool, ...]:
+    """For each tensor that a mod captures, whether its joint graph gives a gradient for it."""
+    (outputs,) = list(joint.graph.nodes)[-1].args
+    return tuple(output is not None for output in outputs[5:])

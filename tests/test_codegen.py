@@ -1,0 +1,320 @@
+"""Code for GPUs that are not here: generated, compiled, measured; and nothing left changed behind it."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import parallax_compile as plx
+from parallax_compile.errors import InputError, InputTypeError
+from parallax_compile.lowering import codegen, cubin
+from parallax_compile.lowering import torch_compat_codegen_part as compat
+from parallax_compile.lowering.targets import DEFAULT, TARGETS, Target, resolve
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are compiled here, not interpreted"
+)
+
+STAGES = ["core_forward", "core_backward_query", "core_backward_key"]
+
+
+def operands(length: int = 256, width: int = 64, dtype: torch.dtype = torch.bfloat16, device: str = "meta") -> list[Tensor]:
+    return [torch.empty(1, heads, length, width, dtype=dtype, device=device) for heads in (4, 2, 2, 4)]
+
+
+def parallax(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Tensor:
+    return plx.attention(q, k, v, r, enable_gqa=True)
+
+
+def generate(fn: Callable[..., Any] = parallax, target: str = "sm_90", **options: Any) -> codegen.GeneratedCode:
+    return codegen.generate(fn, operands(**options.pop("operands", {})), target=target, **options)
+
+
+# --- targets --------------------------------------------------------------------------------------------------------
+
+
+def test_targets_resolve_by_name_and_default() -> None:
+    assert [resolve(name).arch for name in TARGETS] == [80, 90, 100]
+    assert resolve("sm_90").ptx_arch == "sm_90a" and resolve("sm_80").ptx_arch == "sm_80"
+    assert resolve(TARGETS["sm_80"]) is TARGETS["sm_80"]
+    if not torch.cuda.is_available():
+        assert resolve("auto").name == resolve(None).name == DEFAULT
+
+
+@pytest.mark.parametrize("target, error", [("sm_91", InputError), ("", InputError), (90, InputTypeError)])
+def test_unknown_targets_are_refused_with_the_known_ones(target: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="sm_90"):
+        resolve(target)
+
+
+def test_rates_are_those_of_the_dtype() -> None:
+    rates = resolve("sm_90").rates
+    assert rates is not None
+    assert rates.tflops("bfloat16") > rates.tflops("float32", tf32=True) > rates.tflops("float32")
+    with pytest.raises(InputError, match="float64"):
+        rates.tflops("float64")
+
+
+# --- generate -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_stage_is_generated_for_the_target(target: str) -> None:
+    code = generate(target=target)
+    assert [graph.direction for graph in code.graphs] == ["forward", "backward"]
+    assert [kernel.stage for kernel in code.kernels if kernel.is_template] == STAGES
+    assert all(f"cc={resolve(target).arch}" in kernel.source for kernel in code.kernels)
+    assert all("parallax" in wrapper and "cuda" in wrapper for wrapper in code.wrappers)
+    assert {stage: len(offered) for stage, offered in code.offered.items()} == dict.fromkeys(STAGES, 1)
+    query = code.graphs[0].arguments[0]  # type: ignore[index]
+    assert isinstance(query, codegen.Argument) and query.dtype == torch.bfloat16 and query.shape[2:] == (256, 64)
+
+
+def test_generation_is_reproducible_whatever_came_before() -> None:
+    first = generate()
+    generate(target="sm_100", operands={"length": 384})
+    generate(dynamic=True)
+    second = generate()
+    assert first.graphs == second.graphs
+
+
+def test_without_backward_there_is_one_graph() -> None:
+    code = generate(backward=False)
+    assert [graph.direction for graph in code.graphs] == ["forward"]
+    assert code.stage("core_forward").parameters["SAVE_VALUE_MEAN"] is False
+    with pytest.raises(KeyError, match="core_backward_key"):
+        code.stage("core_backward_key")
+
+
+def test_only_inputs_that_require_a_gradient_get_a_stage() -> None:
+    q, k, v, r = operands()
+    code = codegen.generate(parallax, (q.requires_grad_(), k, v, r), target="sm_90")
+    assert [kernel.stage for kernel in code.kernels if kernel.is_template] == STAGES[:2]
+
+
+def test_dynamic_lengths_are_symbols_of_the_kernel() -> None:
+    fixed, dynamic = generate(backward=False), generate(backward=False, dynamic=True)
+    assert "'ks0': " in dynamic.kernels[0].source and "'ks0': " not in fixed.kernels[0].source
+    assert any(isinstance(argument, int) for argument in dynamic.graphs[0].arguments or ())
+
+
+def test_candidates_are_chosen_by_number_and_by_stage() -> None:
+    offered = generate(max_autotune=True).offered
+    assert all(len(offered[stage]) > 1 for stage in STAGES)
+    everywhere = generate(candidate=1)
+    for stage in STAGES:
+        chosen = everywhere.stage(stage).parameters
+        assert chosen.items() >= offered[stage][1].items()
+    single = generate(candidate={"core_backward_key": 1})
+    assert single.stage("core_backward_key").parameters == everywhere.stage("core_backward_key").parameters
+    assert single.stage("core_forward").parameters.items() >= offered["core_forward"][0].items()
+
+
+@pytest.mark.parametrize(
+    "candidate, error, match",
+    [
+        (99, InputError, "below the number"),
+        (-1, InputError, "0 or greater"),
+        ({"core": 1}, InputError, "core_forward"),
+        ({"core_forward": 99}, InputError, "core_forward must be below"),
+        ("fast", InputTypeError, "'fast'"),
+        (True, InputTypeError, "True"),
+    ],
+)
+def test_wrong_candidates_are_refused(candidate: Any, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        generate(candidate=candidate, backward=False)
+
+
+def test_captured_tensors_keep_their_gradients_and_get_kernels() -> None:
+    bias = torch.randn(4, requires_grad=True)
+    bias.grad = torch.ones(4)
+
+    def biased(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Tensor:
+        return plx.attention(q, k, v, r, score_mod=lambda s, b, h, i, j: s + bias[h], enable_gqa=True)
+
+    code = generate(biased)
+    assert "tl.atomic_add" in code.stage("core_backward_key").source
+    assert torch.equal(bias.grad, torch.ones(4)) and bias.requires_grad
+
+
+def test_long_sequences_cost_no_memory() -> None:
+    # 2**18 x 2**18 scores would be 2**36 floats; the tensors themselves have no data.
+    code = generate(operands={"length": 2**18})
+    assert [kernel.stage for kernel in code.kernels if kernel.is_template] == STAGES
+
+
+def test_modules_and_other_operations_around_the_call() -> None:
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.project = torch.nn.Linear(64, 64, dtype=torch.bfloat16)
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Tensor:
+            return parallax(self.project(q), k, v, r).relu()
+
+    code = generate(Block())
+    assert [kernel.stage for kernel in code.kernels if kernel.stage] == STAGES
+    assert "extern_kernels" in code.wrappers[0]  # the projection
+    assert "relu" in "".join(kernel.name for kernel in code.kernels)
+
+
+def test_errors_of_the_call_come_as_themselves() -> None:
+    with pytest.raises(plx.errors.UnsupportedError, match="solved probe"):
+        codegen.generate(lambda q, k, v: plx.attention(q, k, v, spec=plx.LLA), operands()[:3], target="sm_90")
+
+
+# --- nothing is left behind -----------------------------------------------------------------------------------------
+
+
+def _patched_state() -> dict[str, Any]:
+    import triton
+    from torch._dynamo import device_interface
+    from torch._inductor import config
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.runtime import triton_helpers
+    from torch._inductor.select_algorithm import get_algorithm_selector_cache
+
+    cuda = ("get_device_properties", "get_device_capability", "current_device", "device_count", "is_available")
+    return {
+        **{name: getattr(torch.cuda, name) for name in cuda},
+        **{f"interface {name}": value for name, value in vars(device_interface.CudaInterface).items()},
+        "workers": dict(device_interface.caching_worker_device_properties),
+        "current": dict(device_interface.caching_worker_current_devices),
+        "driver": triton.runtime.driver.__dict__.get("_active"),
+        "stream": getattr(torch._C, "_cuda_getCurrentRawStream", None),
+        "triton": AsyncCompile.triton,
+        "save": GraphLowering.save_output_code,
+        "set_driver": triton_helpers.set_driver_to_gpu,
+        "preprocessing": list(get_algorithm_selector_cache().preprocessing_fns),
+        "config": {name: getattr(config, name) for name in ("max_autotune", "compile_threads", "force_disable_caches")},
+        "environment": dict(os.environ),
+        "grad": torch.is_grad_enabled(),
+    }
+
+
+def test_everything_patched_is_restored() -> None:
+    generate(backward=False)  # what is imported or set once is not what is tested
+    before = _patched_state()
+    code = generate()
+    cubin.compile_kernel(code.stage("core_forward"), "sm_90")
+    assert _patched_state() == before
+
+
+def test_everything_patched_is_restored_after_an_error() -> None:
+    generate(backward=False)
+    before = _patched_state()
+    options = {"BLOCK_M": 4096, "BLOCK_N": 4096}
+    with pytest.raises(Exception, match="shared memory"):
+        generate(lambda q, k, v, r: plx.attention(q, k, v, r, kernel_options=options, enable_gqa=True))
+    assert _patched_state() == before
+
+
+def test_compilation_on_the_cpu_still_works_afterwards() -> None:
+    generate()
+    tensors = [torch.randn(1, 2, 32, 16) for _ in range(4)]
+    out = torch.compile(lambda *x: plx.attention(*x), fullgraph=True)(*tensors)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.testing.assert_close(out, plx.attention(*tensors))
+
+
+def test_threads_do_not_see_each_others_target() -> None:
+    found: dict[str, set[bool]] = {}
+
+    def work(target: str) -> None:
+        code = generate(target=target, backward=False)
+        found[target] = {f"cc={resolve(target).arch}" in kernel.source for kernel in code.kernels}
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in TARGETS]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {name: {True} for name in TARGETS}
+
+
+# --- compile --------------------------------------------------------------------------------------------------------
+
+FAMILY = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_forward_compiles_to_machine_code(target: str) -> None:
+    code = generate(target=target, backward=False)
+    compiled = cubin.compile_kernel(code.stage("core_forward"), target)
+    assert set(compiled.asm) == set(cubin.STAGES) and not compiled.missing
+    assert compiled.asm["cubin"][:4] == b"\x7fELF"
+    assert FAMILY[target] in compiled.instructions
+    resources = compiled.resources
+    assert resources.registers and 32 < resources.registers <= 255
+    assert compiled.fits and 0 < resources.shared_memory <= resolve(target).shared_memory_per_block
+    assert resources.num_warps == compiled.kernel.parameters["num_warps"]
+
+
+def test_the_backward_compiles_to_machine_code_with_what_inductor_fuses() -> None:
+    code = generate()
+    for kernel in code.graphs[1].kernels:
+        compiled = cubin.compile_kernel(kernel, "sm_90")
+        assert set(compiled.asm) == set(cubin.STAGES)
+        assert compiled.instructions == (frozenset({"wgmma"}) if kernel.stage else frozenset())
+
+
+def test_a_missing_tool_is_a_reason_not_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = generate(backward=False).stage("core_forward")
+    monkeypatch.setattr(cubin, "tool", lambda name: None)
+    compiled = cubin.compile_kernel(kernel, "sm_90")
+    assert "sass" not in compiled.asm and "nvdisasm is not in the triton wheel" in compiled.missing["sass"]
+    assert compiled.resources.registers is None and compiled.resources.spills is None
+    assert "ptxas" in compiled.missing["resources"]
+    assert compiled.resources.shared_memory > 0
+
+
+# --- inspect --------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_shows_and_writes_everything(tmp_path: Path) -> None:
+    spec = plx.PARALLAX.replace(covariance_mod=plx.mods.tanh_cap(8.0))
+    found = plx.inspect(spec, *operands(), target="sm_90", backward=False)
+    kernel = found.stage("core_forward")
+    assert "tanh" in kernel.triton and "tt.func" in kernel.ttir and "ttg." in kernel.ttgir
+    assert "define" in kernel.llir and ".target sm_90a" in kernel.ptx and "HGMMA" in kernel.sass
+    assert "core_forward" in str(found) and "registers" in found.table() and "sm_90" in str(found)
+    paths = found.write(tmp_path / "kernels")
+    names = {path.name for path in paths}
+    assert {"00_forward_core_forward.sass", "wrapper_forward.py", "resources.json", "resources.txt"} <= names
+    assert all(path.stat().st_size for path in paths)
+    with pytest.raises(KeyError, match="core_forward"):
+        found.stage("core_backward_key")
+
+
+# --- torch's private names ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("symbol", compat.FENCED)
+def test_fenced_symbols_exist_with_the_parameters_that_we_pass(symbol: str) -> None:
+    module, _, path = symbol.partition(":")
+    found: Any = importlib.import_module(module)
+    for part in path.split("."):
+        found = getattr(found, part)
+    if parameters := compat.FENCED[symbol]:
+        known = inspect.signature(found).parameters
+        flexible = any(p.kind is p.VAR_KEYWORD for p in known.values())
+        assert flexible or set(parameters) <= set(known)
+
+
+def test_a_target_is_hashable_and_prints_short() -> None:
+    assert len({*TARGETS.values(), TARGETS["sm_90"]}) == 3
+    assert isinstance(resolve("sm_90"), Target) and "rates" not in repr(resolve("sm_90"))
