@@ -228,9 +228,7 @@ def check(case: Case) -> Result:
         wanted = [name for name in wanted if name != "r"]
     names = ["out", *(f"d{name}" for name in wanted), *(f"d{name}" for name in captured)]
     errors = dict(zip(names, map(relative_error, got, want), strict=True))
-    budgets = {
-        name: budget(relative_error(a, b), dtype) for name, a, b in zip(names, low, want_plain, strict=True)
-    }
+    budgets = {name: budget(relative_error(a, b), dtype) for name, a, b in zip(names, low, want_plain, strict=True)}
     return Result(case, errors, budgets, repeatable, len(launched), time.perf_counter() - start)
 
 
@@ -247,8 +245,9 @@ def timing() -> list[dict[str, Any]]:
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     peak = 2 * 8192**3 / do_bench(lambda: a @ b, return_mode="median") / 1e9
     for batch, heads, kv_heads, length, width in ((4, 16, 16, 4096, 128), (8, 16, 16, 2048, 64), (2, 32, 8, 8192, 128)):
+
         def operand(count: int) -> Tensor:
-            return torch.randn(batch, count, length, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)  # noqa: B023
+            return torch.randn(batch, count, length, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
 
         q, r, g = operand(heads), operand(heads), operand(heads).detach()
         k, v = operand(kv_heads), operand(kv_heads)
@@ -256,13 +255,13 @@ def timing() -> list[dict[str, Any]]:
         ours_mask = plx.masks.block_mask(plx.masks.causal(), None, None, length, length, "cuda")
         flex_mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device="cuda")
         torch._dynamo.reset()
-        parallax = torch.compile(lambda q, k, v, r: plx.attention(q, k, v, r, block_mask=ours_mask, enable_gqa=gqa))  # noqa: B023
-        softmax = torch.compile(lambda q, k, v: plx.attention(q, k, v, block_mask=ours_mask, enable_gqa=gqa))  # noqa: B023
-        flex = torch.compile(lambda q, k, v: flex_attention(q, k, v, block_mask=flex_mask, enable_gqa=gqa))  # noqa: B023
+        parallax = torch.compile(lambda q, k, v, r: plx.attention(q, k, v, r, block_mask=ours_mask, enable_gqa=gqa))
+        softmax = torch.compile(lambda q, k, v: plx.attention(q, k, v, block_mask=ours_mask, enable_gqa=gqa))
+        flex = torch.compile(lambda q, k, v: flex_attention(q, k, v, block_mask=flex_mask, enable_gqa=gqa))
 
         def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)  # noqa: B023
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
 
         contenders = {
             "parallax (ours)": (parallax, (q, k, v, r), 4, 12),
@@ -274,11 +273,11 @@ def timing() -> list[dict[str, Any]]:
         for name, (function, inputs, forward_products, all_products) in contenders.items():
             try:
                 with torch.no_grad():
-                    forward = do_bench(lambda: function(*inputs), return_mode="median")  # noqa: B023
+                    forward = do_bench(lambda: function(*inputs), return_mode="median")
                 leaf_inputs = inputs
 
                 def step() -> None:
-                    torch.autograd.grad(function(*leaf_inputs), leaf_inputs, g)  # noqa: B023
+                    torch.autograd.grad(function(*leaf_inputs), leaf_inputs, g)
 
                 both = do_bench(step, return_mode="median")
             except Exception as error:  # a contender that cannot run is a result, not a failure
@@ -330,7 +329,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop starting cases after this long")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        print("check_device needs a CUDA GPU; on a machine without one, `make test` runs the kernels in the interpreter.")
+        print(
+            "check_device needs a CUDA GPU; on a machine without one, `make test` runs the kernels in the interpreter."
+        )
         return 2
     torch.backends.cuda.matmul.allow_tf32 = False
     print(environment())

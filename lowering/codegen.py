@@ -25,7 +25,16 @@ from ..errors import InputError, InputTypeError, ParallaxError, UnsupportedError
 from . import torch_compat_codegen_part as compat
 from .targets import Target, resolve
 
-__all__ = ["Argument", "GeneratedCode", "GeneratedGraph", "GeneratedKernel", "Recorder", "fresh", "generate", "require_triton"]
+__all__ = [
+    "Argument",
+    "GeneratedCode",
+    "GeneratedGraph",
+    "GeneratedKernel",
+    "Recorder",
+    "fresh",
+    "generate",
+    "require_triton",
+]
 
 Direction = Literal["forward", "backward"]
 Execute = Callable[["GeneratedGraph", fx.GraphModule, list[Any]], Sequence[Any]]
@@ -285,10 +294,14 @@ class _Candidate:
     def check(self, offered: Mapping[str, Sequence[Any]]) -> None:
         counts = {stage: len(choices) for stage, choices in offered.items()}
         if counts and self.everywhere >= max(counts.values()):
-            raise InputError(f"candidate must be below the number that some stage offers ({counts}), but got {self.everywhere}.")
+            raise InputError(
+                f"candidate must be below the number that some stage offers ({counts}), but got {self.everywhere}."
+            )
         for stage, index in self.by_stage.items():
             if stage not in counts:
-                raise InputError(f"candidate names the stage {stage!r}, but the call has the stages {', '.join(counts)}.")
+                raise InputError(
+                    f"candidate names the stage {stage!r}, but the call has the stages {', '.join(counts)}."
+                )
             if index >= counts[stage]:
                 raise InputError(f"candidate of {stage} must be below {counts[stage]}, but got {index}.")
 

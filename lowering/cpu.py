@@ -46,7 +46,18 @@ class _Mods(NamedTuple):
         return self._replace(buffers=(found[0], found[1], found[2]))
 
 
-def _mods(score: Mod, covariance: Mod, mask: Mod, buffers: tuple[tuple, tuple, tuple]) -> _Mods:
+def _as_tensor(captured: Any) -> Any:
+    """A captured number that is a symbol, as a scalar tensor: mods vectorise over tensors only."""
+    if isinstance(captured, torch.SymInt):
+        return torch.full((), captured, dtype=torch.int64)
+    if isinstance(captured, torch.SymFloat):
+        return torch.full((), captured, dtype=torch.float64)
+    return captured
+
+
+def _mods(score: Mod, covariance: Mod, mask: Mod, captured: tuple[tuple, tuple, tuple]) -> _Mods:
+    first, second, third = (tuple(map(_as_tensor, buffers)) for buffers in captured)
+    buffers = (first, second, third)
     return _Mods(
         None if is_identity(score) else vectorize_mod(score, n_buffers=len(buffers[0])),
         None if is_identity(covariance) else vectorize_mod(covariance, n_buffers=len(buffers[1])),
@@ -69,9 +80,19 @@ def _rows_per_chunk(query: Tensor) -> int:
     return max(MIN_ROWS, min(MAX_ROWS, 1 << max(0, rows.bit_length() - 1)))
 
 
+def _length(tensor: Tensor) -> Tensor:
+    """``L`` of ``[B, H, L, ...]`` as an int64 scalar tensor: comparisons with symbols do not lower everywhere."""
+    return torch.full((), tensor.size(2), dtype=torch.int64)
+
+
+def _within(tensor: Tensor, rows: Tensor) -> Tensor:
+    """``rows``, those past the last one of ``tensor`` replaced by it."""
+    return torch.minimum(rows, _length(tensor) - 1)
+
+
 def _chunk(tensor: Tensor, rows: Tensor) -> Tensor:
     """Rows of ``[B, H, L, ...]``; past the last one it repeats, and what it gives there is dropped."""
-    return tensor.index_select(2, rows.clamp(max=tensor.size(2) - 1))
+    return tensor.index_select(2, _within(tensor, rows))
 
 
 def _grouped(tensor: Tensor, kv_heads: int) -> Tensor:
@@ -98,13 +119,17 @@ def _summed(weights: Tensor, left: Tensor, kv_heads: int) -> Tensor:
 
 
 def _over_rows(
-    rows_per_chunk: int, length_of: Tensor, body: Callable[..., tuple], carried: Sequence[Tensor], operands: Sequence[Any]
+    rows_per_chunk: int,
+    length_of: Tensor,
+    body: Callable[..., tuple],
+    carried: Sequence[Tensor],
+    operands: Sequence[Any],
 ) -> tuple[Tensor, ...]:
     """Run ``body(rows, carried, operands) -> carried`` for each chunk of rows of ``length_of [B, H, L, ...]``.
 
-    ``operands`` may hold tensors and ints; the loop's body may read no other tensor.
+    ``operands`` may hold tensors and constants; the loop's body may read no other tensor.
     """
-    is_tensor = [isinstance(operand, (Tensor, torch.SymInt)) for operand in operands]
+    is_tensor = [isinstance(operand, Tensor) for operand in operands]
     constants = list(operands)
     tensors = [operand for operand, given in zip(operands, is_tensor, strict=True) if given]
 
@@ -120,7 +145,7 @@ def _over_rows(
         return tuple(body(torch.arange(rows_per_chunk), list(carried), list(operands)))
 
     def condition(index: Tensor, *state: Any) -> Tensor:
-        return index * rows_per_chunk < state[-1].size(2)
+        return index * rows_per_chunk < _length(state[-1])
 
     def step(index: Tensor, *state: Any) -> tuple[Tensor, ...]:
         updated = body(rows_of(index), list(state[: len(carried)]), unpack(state[len(carried) : -1]))
@@ -138,14 +163,14 @@ def _padded_rows(query: Tensor, rows_per_chunk: int, *width: int, dtype: torch.d
 
 
 def _scores(
-    query: Tensor, probe: Tensor | None, key: Tensor, rows: Tensor, length: Any, mods: _Mods, scale: float
+    query: Tensor, probe: Tensor | None, key: Tensor, rows: Tensor, mods: _Mods, scale: float
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, tuple[Tensor, ...]]:
     """``raw1, raw2, s1, s2, keep, indices`` of a chunk; not allowed: s1 -inf, s2 0; keep None allows everything."""
     batch, heads = query.shape[:2]
     index = (
         torch.arange(batch, dtype=torch.int32),
         torch.arange(heads, dtype=torch.int32),
-        rows.clamp(max=length - 1).to(torch.int32),
+        rows.to(torch.int32),
         torch.arange(key.size(2), dtype=torch.int32),
     )
     raw1 = _products(query, key) * scale
@@ -192,7 +217,7 @@ def forward(
         probe = rest.pop(0) if has_probe else None
         q = _chunk(query, rows).to(dtype)
         r = None if probe is None else _chunk(probe, rows).to(dtype)
-        _, _, s1, s2, _, _ = _scores(q, r, key, rows, query.size(2), mods.with_buffers(rest), scale)
+        _, _, s1, s2, _, _ = _scores(q, r, key, _within(query, rows), mods.with_buffers(rest), scale)
         largest = s1.amax(-1, keepdim=True)
         largest = torch.where(largest == -float("inf"), 0.0, largest)
         weights = torch.exp(s1 - largest)
@@ -208,9 +233,7 @@ def forward(
         results = [_applied(signed, value), lse, mean]
         if save_value_mean:
             results.append(_applied(weights * inverse, value))
-        return tuple(
-            old.index_copy(2, rows, new.to(old.dtype)) for old, new in zip(carried, results, strict=True)
-        )
+        return tuple(old.index_copy(2, rows, new.to(old.dtype)) for old, new in zip(carried, results, strict=True))
 
     has_probe = probe is not None
     carried = [
@@ -268,10 +291,10 @@ def backward(
         local = mods.with_buffers(rest)
         q, g = _chunk(query, rows).to(dtype), _chunk(grad_out, rows).to(dtype)
         r = None if probe is None else _chunk(probe, rows).to(dtype)
-        raw1, raw2, s1, s2, keep, index = _scores(q, r, key, rows, query.size(2), local, scale)
+        raw1, raw2, s1, s2, keep, index = _scores(q, r, key, _within(query, rows), local, scale)
         row_lse, t, row_tau, row_beta = (_chunk(rows_of, rows)[..., None] for rows_of in (lse, mean, tau, beta))
         # Rows without a key, and rows past the last, weigh nothing.
-        live = (row_lse > -float("inf")) & (rows < query.size(2))[:, None]
+        live = (row_lse > -float("inf")) & (rows < _length(query))[:, None]
         weights = torch.exp(s1 - torch.where(live, row_lse, float("inf")))
         products = _products(g, value)
         ds2 = None

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from ..errors import UnsupportedError
 from . import torch_compat_codegen_part as compat
@@ -107,7 +106,9 @@ def compile_kernel(kernel: GeneratedKernel, target: str | Target | None = None) 
     resolved = resolve(target)
     triton = require_triton()
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
-        raise UnsupportedError("kernels cannot be compiled in a process of Triton's interpreter: unset TRITON_INTERPRET.")
+        raise UnsupportedError(
+            "kernels cannot be compiled in a process of Triton's interpreter: unset TRITON_INTERPRET."
+        )
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -152,7 +153,7 @@ def tool(name: str) -> Path | None:
 
 
 def _assemble(ptx: str, target: Target) -> tuple[str | None, str]:
-    """ptxas' own report (Triton keeps no spills in what it caches), or None and why."""
+    """Ptxas' own report (Triton keeps no spills in what it caches), or None and why."""
     if not ptx:
         return None, "there is no PTX"
     # Triton's second ptxas knows the architectures that its first one is too old for.

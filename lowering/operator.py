@@ -35,6 +35,7 @@ from . import dense
 from .torch_compat import (
     HigherOrderOperator,
     ProxyTorchDispatchMode,
+    TransformGetItemToIndex,
     UnsupportedAliasMutationException,
     create_fw_bw_graph,
     functionalized_mutates,
@@ -47,7 +48,6 @@ from .torch_compat import (
     trace_mod,
     track_tensor_tree,
     validate_subgraph_args_types,
-    TransformGetItemToIndex,
 )
 
 Mod = Callable[..., Any]
@@ -683,6 +683,4 @@ def _before_trace() -> None:
     register_lowerings()
 
 
-register_dynamo_operator(
-    attention_forward, mods={4: "score_mod", 5: "score_mod", 6: "mask_fn"}, on_trace=_before_trace
-)
+register_dynamo_operator(attention_forward, mods={4: "score_mod", 5: "score_mod", 6: "mask_fn"}, on_trace=_before_trace)

@@ -94,8 +94,12 @@ class Target:
 
 _A100 = Rates("A100 SXM 80GB", 312.0, 312.0, 156.0, 19.5, 2.039e12, "NVIDIA A100 data sheet, SXM 80GB")
 _H100 = Rates("H100 SXM", 989.4, 989.4, 494.7, 66.9, 3.35e12, "NVIDIA H100 data sheet, SXM; half of the sparse figures")
-_H200 = replace(_H100, product="H200 SXM", bandwidth=4.8e12, source="NVIDIA H200 data sheet, SXM; half of the sparse figures")
-_B200 = Rates("B200", 2250.0, 2250.0, 1125.0, 75.0, 8.0e12, "NVIDIA HGX/DGX B200 data sheet; half of the sparse figures")
+_H200 = replace(
+    _H100, product="H200 SXM", bandwidth=4.8e12, source="NVIDIA H200 data sheet, SXM; half of the sparse figures"
+)
+_B200 = Rates(
+    "B200", 2250.0, 2250.0, 1125.0, 75.0, 8.0e12, "NVIDIA HGX/DGX B200 data sheet; half of the sparse figures"
+)
 
 # Device names that CUDA reports -> their sheets; the first that matches.
 _SHEETS: tuple[tuple[str, Rates], ...] = (

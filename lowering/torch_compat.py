@@ -10,11 +10,9 @@ Imports of :mod:`torch._inductor` are deferred into functions: they are heavy, a
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from types import ModuleType
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -57,9 +55,9 @@ __all__ = [
     "save_values_for_backward",
     "saved_values",
     "set_original_aten_op",
-    "track_tensor_tree",
     "trace_mod",
     "traced_while_loop",
+    "track_tensor_tree",
     "validate_subgraph_args_types",
     "vectorize_mod",
 ]
@@ -319,7 +317,7 @@ def missing_symbols() -> list[str]:
 def traced_while_loop(
     condition: Callable[..., Tensor], body: Callable[..., tuple], carried: Sequence[Tensor], operands: Sequence[Any]
 ) -> Any:
-    """torch's ``while_loop`` with explicit operands, as a node of the graph being traced."""
+    """Torch's ``while_loop`` with explicit operands, as a node of the graph being traced."""
     return _resolve("torch._higher_order_ops.while_loop:while_loop_op")(
         condition, body, tuple(carried), tuple(operands)
     )

@@ -23,8 +23,8 @@ from torch import fx
 from .targets import Target
 
 __all__ = [
-    "CompileArguments",
     "FENCED",
+    "CompileArguments",
     "InductorHooks",
     "compile_arguments",
     "compile_backend",
@@ -306,7 +306,12 @@ def record_kernels(make: Callable[[str, str], Any]) -> Iterator[None]:
 
 
 def triton_source(
-    graph: fx.GraphModule, inputs: Sequence[Any], target: Target, hooks: InductorHooks, options: dict[str, Any], **kwargs: Any
+    graph: fx.GraphModule,
+    inputs: Sequence[Any],
+    target: Target,
+    hooks: InductorHooks,
+    options: dict[str, Any],
+    **kwargs: Any,
 ) -> None:
     """Let Inductor generate the code of ``graph`` (on a GPU) for ``target``; nothing is compiled.
 

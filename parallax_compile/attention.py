@@ -18,11 +18,11 @@ from torch.nn.attention.flex_attention import BlockMask
 from . import reference, validation
 from .block_masks import combined_block_mask
 from .errors import InputError, InputTypeError
+from .lowering.cache_key import CACHE_SALT
 from .lowering.dense import allowed_pairs
-from .lowering.operator import BlockMaskOperands, attention_forward
+from .lowering.operator import attention_forward
 from .lowering.torch_compat import mark_static, raise_input, vectorize_mod
 from .spec import PARALLAX, SOFTMAX, AttentionSpec
-from .lowering.cache_key import CACHE_SALT
 
 __all__ = ["AuxOutput", "AuxRequest", "attention", "flex_attention"]
 

@@ -90,7 +90,18 @@ class Inspection:
         """Registers, spills (bytes of each thread, stores + loads), shared memory (bytes of each block), by kernel."""
         from tabulate import tabulate
 
-        headers = ["stage", "direction", "tile", "warps", "stages", "registers", "spills", "shared memory", "instructions", ""]
+        headers = [
+            "stage",
+            "direction",
+            "tile",
+            "warps",
+            "stages",
+            "registers",
+            "spills",
+            "shared memory",
+            "instructions",
+            "",
+        ]
         rows = [
             [
                 kernel.stage or _short(kernel.name),

@@ -275,11 +275,23 @@ def block_mask(
 
 
 def _build(
-    mask_mod: MaskMod, batch: Any, heads: Any, q_length: int, kv_length: int, device: torch.device, sizes: tuple[int, int]
+    mask_mod: MaskMod,
+    batch: Any,
+    heads: Any,
+    q_length: int,
+    kv_length: int,
+    device: torch.device,
+    sizes: tuple[int, int],
 ) -> BlockMask:
     if not isinstance(mask_mod, LibraryMask):
         return create_block_mask(
-            mask_mod, batch, heads, q_length, kv_length, device=device, BLOCK_SIZE=sizes  # type: ignore[arg-type]
+            mask_mod,
+            batch,
+            heads,
+            q_length,
+            kv_length,
+            device=device,
+            BLOCK_SIZE=sizes,  # type: ignore[arg-type]
         )
     q_first, q_last = _bounds(q_length, sizes[0], device)
     kv_first, kv_last = _bounds(kv_length, sizes[1], device)
@@ -299,9 +311,7 @@ def _bounds(length: int, block: int, device: torch.device) -> tuple[Tensor, Tens
     return first, (first + block - 1).clamp(max=length - 1)
 
 
-def from_kinds(
-    kinds: Tensor, lengths: tuple[int, int], block_size: tuple[int, int], mask_mod: MaskMod
-) -> BlockMask:
+def from_kinds(kinds: Tensor, lengths: tuple[int, int], block_size: tuple[int, int], mask_mod: MaskMod) -> BlockMask:
     """A ``BlockMask`` from the kind of each block: 0 empty, 1 partial, 2 full; int8 ``[B, H, q blocks, kv blocks]``."""
     partial, whole = kinds == PARTIAL, kinds == FULL
     kv_num_blocks, kv_indices = _lists(partial)

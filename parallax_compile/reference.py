@@ -97,9 +97,7 @@ def attention(
         out = (weights * (1 + probe_mean[..., None] - probe_scores)) @ values
     else:
         out = (weights * probe_scores) @ values
-    return ReferenceOutput(
-        out.to(query.dtype), lse, probe_mean, value_mean.to(query.dtype), iterations, residual
-    )
+    return ReferenceOutput(out.to(query.dtype), lse, probe_mean, value_mean.to(query.dtype), iterations, residual)
 
 
 def _weights(
@@ -137,9 +135,7 @@ def _ridge(spec: AttentionSpec, ridge: Tensor | float | None, weights: Tensor, l
     return lam * torch.exp(-torch.where(lse.isinf(), 0.0, lse))
 
 
-def _system(
-    queries: Tensor, keys: Tensor, weights: Tensor, lam: Tensor, intercept: bool
-) -> tuple[Tensor, Tensor]:
+def _system(queries: Tensor, keys: Tensor, weights: Tensor, lam: Tensor, intercept: bool) -> tuple[Tensor, Tensor]:
     """``M = C + lam I`` and its right-hand side for each row: ``[B, Hq, Lq, D, D]``, ``[B, Hq, Lq, D]``."""
     identity = torch.eye(keys.size(-1), dtype=keys.dtype, device=keys.device)
     if intercept:

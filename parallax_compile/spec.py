@@ -297,7 +297,9 @@ def _mod_from_data(field: str, data: Mapping[str, Any] | None) -> Mod | None:
         return found
     name = data.get("name")
     if name not in _REGISTRY:
-        raise ValueError(f"{field} names the mod {name!r}, but the library has {', '.join(sorted(_REGISTRY)) or 'none'}.")
+        raise ValueError(
+            f"{field} names the mod {name!r}, but the library has {', '.join(sorted(_REGISTRY)) or 'none'}."
+        )
     return _REGISTRY[name](**{key: _from_plain(value) for key, value in data["params"].items()})
 
 

@@ -116,9 +116,7 @@ def check_scale(scale: Any, spec: AttentionSpec) -> None:
     if isinstance(scale, float) and not math.isfinite(scale):
         raise_input(InputError, f"scale must be finite, but got {scale}. None means 1/sqrt(D).")
     if spec.bandwidth.kind == "infinite":
-        raise_input(
-            InputError, f"scale must be None at infinite bandwidth, which has no scores to scale; got {scale}."
-        )
+        raise_input(InputError, f"scale must be None at infinite bandwidth, which has no scores to scale; got {scale}.")
 
 
 def check_mods(spec: AttentionSpec, score_mod: Any, covariance_mod: Any) -> None:
@@ -129,7 +127,9 @@ def check_mods(spec: AttentionSpec, score_mod: Any, covariance_mod: Any) -> None
         if not callable(mod):
             raise_input(InputTypeError, f"{name} must be callable or None, but got {type(mod).__name__}.")
     if score_mod is not None and spec.bandwidth.kind == "infinite":
-        raise_input(InputError, "score_mod has no effect at infinite bandwidth, where every allowed key weighs the same.")
+        raise_input(
+            InputError, "score_mod has no effect at infinite bandwidth, where every allowed key weighs the same."
+        )
     if covariance_mod is not None and spec.probe.kind == "zero":
         raise_input(InputError, "covariance_mod needs a probe, but the spec's probe is zero.")
 
@@ -152,9 +152,11 @@ def check_block_mask(block_mask: Any, query: Tensor, key: Tensor) -> None:
     if block_mask is None:
         return
     if not isinstance(block_mask, BlockMask):
-        hint = " A mask function goes into the spec (mask_mod=), or through plx.masks.block_mask." if callable(
-            block_mask
-        ) else ""
+        hint = (
+            " A mask function goes into the spec (mask_mod=), or through plx.masks.block_mask."
+            if callable(block_mask)
+            else ""
+        )
         raise_input(
             InputTypeError,
             f"block_mask must be a torch.nn.attention.flex_attention.BlockMask or None, "

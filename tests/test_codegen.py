@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from parallax_compile.lowering import codegen, cubin
+from parallax_compile.lowering import torch_compat_codegen_part as compat
+from parallax_compile.lowering.targets import DEFAULT, TARGETS, Target, resolve
 from torch import Tensor
 
 import parallax_compile as plx
 from parallax_compile.errors import InputError, InputTypeError
-from parallax_compile.lowering import codegen, cubin
-from parallax_compile.lowering import torch_compat_codegen_part as compat
-from parallax_compile.lowering.targets import DEFAULT, TARGETS, Target, resolve
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
@@ -29,7 +29,9 @@ pytestmark = pytest.mark.skipif(
 STAGES = ["core_forward", "core_backward_query", "core_backward_key"]
 
 
-def operands(length: int = 256, width: int = 64, dtype: torch.dtype = torch.bfloat16, device: str = "meta") -> list[Tensor]:
+def operands(
+    length: int = 256, width: int = 64, dtype: torch.dtype = torch.bfloat16, device: str = "meta"
+) -> list[Tensor]:
     return [torch.empty(1, heads, length, width, dtype=dtype, device=device) for heads in (4, 2, 2, 4)]
 
 
@@ -172,7 +174,9 @@ def test_modules_and_other_operations_around_the_call() -> None:
 
 def test_errors_of_the_call_come_as_themselves() -> None:
     with pytest.raises(plx.errors.UnsupportedError, match="solved probe"):
-        codegen.generate(lambda q, k, v: plx.attention(q, k, v, spec=plx.LLA), operands()[:3], target="sm_90")
+        codegen.generate(
+            lambda q, k, v: plx.attention(q, k, v, spec=plx.LLA, enable_gqa=True), operands()[:3], target="sm_90"
+        )
 
 
 # --- nothing is left behind -----------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def test_reference_and_operator_agree_with_the_jvp_oracle() -> None:
     mask = torch.ones(37, 41, dtype=torch.bool).tril()
     block_mask = plx.masks.block_mask(plx.masks.causal(), None, None, 37, 41, "cpu")
     want = with_gradients(lambda *x: jvp_oracle(*x, mask, 12**-0.5), [q, k, v, r])
-    call = lambda *x: plx.attention(*x, block_mask=block_mask, enable_gqa=True)  # noqa: E731
+    call = lambda *x: plx.attention(*x, block_mask=block_mask, enable_gqa=True)
     assert max(map(relative_error, with_gradients(call, [q, k, v, r]), want)) < 1e-11
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
     assert max(map(relative_error, with_gradients(compiled, [q, k, v, r]), want)) < 1e-11
@@ -94,7 +94,9 @@ def test_gradients_of_lse_and_probe_mean(intercept: bool) -> None:
 
 def test_one_graph_for_every_length_once_dynamic() -> None:
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(lambda *x: plx.attention(*x, enable_gqa=True), backend=counter, fullgraph=True, dynamic=True)
+    compiled = torch.compile(
+        lambda *x: plx.attention(*x, enable_gqa=True), backend=counter, fullgraph=True, dynamic=True
+    )
     for length in (24, 40, 57):
         compiled(*operands(q_length=length, kv_length=length))
     assert counter.frame_count == 1
@@ -102,11 +104,9 @@ def test_one_graph_for_every_length_once_dynamic() -> None:
 
 def test_checkpointing_recomputes_the_operator() -> None:
     inputs = operands()
-    call = lambda *x: plx.attention(*x, enable_gqa=True)  # noqa: E731
+    call = lambda *x: plx.attention(*x, enable_gqa=True)
     want = with_gradients(call, inputs)
-    saved = torch.compile(
-        lambda *x: checkpoint(call, *x, use_reentrant=False), backend="aot_eager", fullgraph=True
-    )
+    saved = torch.compile(lambda *x: checkpoint(call, *x, use_reentrant=False), backend="aot_eager", fullgraph=True)
     assert max(map(relative_error, with_gradients(saved, inputs), want)) < 1e-11
 
 
@@ -130,7 +130,7 @@ def test_only_some_inputs_require_gradients() -> None:
         inputs = operands()
         for i, tensor in enumerate(inputs):
             tensor.requires_grad_(i == position)
-        call = lambda *x: plx.attention(*x, enable_gqa=True)  # noqa: E731
+        call = lambda *x: plx.attention(*x, enable_gqa=True)
         want = with_gradients(call, inputs)
         got = with_gradients(torch.compile(call, backend="aot_eager", fullgraph=True), inputs)
         assert max(map(relative_error, got, want)) < 1e-11
@@ -138,7 +138,7 @@ def test_only_some_inputs_require_gradients() -> None:
 
 def test_inputs_without_gradients_and_no_grad() -> None:
     inputs = leaves(operands(), torch.float64, requires_grad=False)
-    call = lambda *x: plx.attention(*x, enable_gqa=True)  # noqa: E731
+    call = lambda *x: plx.attention(*x, enable_gqa=True)
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
     assert relative_error(compiled(*inputs), call(*inputs)) < 1e-12
     with torch.no_grad():
@@ -149,7 +149,7 @@ def test_inputs_without_gradients_and_no_grad() -> None:
 def test_empty_batch_rows_and_keys(backend: str) -> None:
     for sizes in ({"batch": 0}, {"q_length": 0}, {"kv_length": 0}):
         inputs = operands(**sizes)
-        call = lambda *x: plx.attention(*x, enable_gqa=True)  # noqa: E731
+        call = lambda *x: plx.attention(*x, enable_gqa=True)
         torch._dynamo.reset()
         compiled = torch.compile(call, backend=backend, fullgraph=True)
         for function in (call, compiled):

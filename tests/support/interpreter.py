@@ -16,11 +16,10 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, fx
-
 from parallax_compile.lowering import torch_compat_codegen_part as compat
 from parallax_compile.lowering.codegen import LOCK, GeneratedCode, GeneratedGraph, Recorder, fresh
 from parallax_compile.lowering.targets import Target, resolve
+from torch import Tensor, fx
 
 from . import triton_interpreter
 from .memory import GuardedMemory
@@ -145,9 +144,7 @@ def default_grad_outputs(outputs: Sequence[Tensor]) -> list[Tensor]:
     return [torch.randn(output.shape, generator=generator, dtype=torch.float32).to(output.dtype) for output in outputs]
 
 
-def _gradients(
-    outputs: Any, inputs: list[Tensor], grad_outputs: Sequence[Tensor | None] | None
-) -> list[Tensor | None]:
+def _gradients(outputs: Any, inputs: list[Tensor], grad_outputs: Sequence[Tensor | None] | None) -> list[Tensor | None]:
     differentiable = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
     given = default_grad_outputs(differentiable) if grad_outputs is None else list(grad_outputs)
     used = [(output, grad) for output, grad in zip(differentiable, given, strict=True) if grad is not None]

@@ -91,7 +91,9 @@ def _repair_bfloat16() -> None:
             handles = [operand for operand in operands if isinstance(operand, TensorHandle)]
             if not any(map(is_bf16, handles)) or operands[-1] in _BITWISE:
                 return original(self, *operands)
-            out = original(self, *(wide(operand) if isinstance(operand, TensorHandle) else operand for operand in operands))
+            out = original(
+                self, *(wide(operand) if isinstance(operand, TensorHandle) else operand for operand in operands)
+            )
             if out.data.dtype == np.bool_:  # a comparison: the interpreter tags it with the dtype of its operands
                 return TensorHandle(out.data, tl.bfloat16)
             return narrow(out)
@@ -162,9 +164,7 @@ def _repair_range() -> None:
 
 _UNARY: dict[str, Callable[..., Any]] = {
     name: getattr(np, name)
-    for name in (
-        "tanh sinh cosh tan sin cos sqrt exp exp2 expm1 log log2 log10 log1p floor ceil trunc abs isnan isinf isfinite signbit"
-    ).split()
+    for name in ["tanh", "sinh", "cosh", "tan", "sin", "cos", "sqrt", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "floor", "ceil", "trunc", "abs", "isnan", "isinf", "isfinite", "signbit"]
 } | {
     "asin": np.arcsin,
     "acos": np.arccos,
@@ -206,7 +206,10 @@ class _Libdevice:
         import triton.language as tl
         from triton.runtime.interpreter import TensorHandle, interpreter_semantic
 
-        tensors = [operand if hasattr(operand, "handle") else interpreter_semantic.to_tensor(operand, False) for operand in operands]
+        tensors = [
+            operand if hasattr(operand, "handle") else interpreter_semantic.to_tensor(operand, False)
+            for operand in operands
+        ]
         first = max(tensors, key=lambda tensor: tensor.handle.data.size)
         data = function(*(tensor.handle.data for tensor in tensors))
         scalar = tl.int32 if name in _PREDICATES else first.dtype
