@@ -5,53 +5,76 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= 2.13.0
 OUT ?= demo_out
+JOBS ?= 2
+comma := ,
 
-PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
-STAMP := $(if $(VENV),$(VENV)/.installed,)
+ABSOLUTE_PYTHON := $(if $(findstring /,$(PYTHON)),$(abspath $(PYTHON)),$(PYTHON))
+PY := $(if $(VENV),$(abspath $(VENV))/bin/python,$(ABSOLUTE_PYTHON))
+INSTALLED := $(VENV)/.installed-$(TORCH)
+READY := $(if $(VENV),$(INSTALLED),tree)
 # The pins are CPU builds that are at hand; another release takes what the index serves.
-CONSTRAINTS := $(if $(filter 2.13.0,$(TORCH)),-c constraints.txt,)
+PINNED := $(filter 2.13.0,$(TORCH))
+CONSTRAINTS := $(if $(PINNED),-c constraints.txt,)
+EXTRAS := $(if $(PINNED),demo$(comma)test$(comma)docs$(comma)dev,demo$(comma)test)
 
-export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
-export TRITON_CACHE_DIR ?= $(CURDIR)/.cache/triton
+export NO_MKDOCS_2_WARNING = 1
+# The package as an installation maps it, for what does not look into an editable install.
+TREE := build/tree
+ifeq ($(strip $(VENV)),)
+export PYTHONPATH := $(CURDIR)/$(TREE)$(if $(PYTHONPATH),:$(PYTHONPATH),)
+endif
 
-.PHONY: demo test lint types docs unit interpreted test-torch clean
+.PHONY: demo test lint types docs unit interpreted test-torch check-device tree clean
 .DEFAULT_GOAL := test
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -q "torch==$(TORCH)" $(CONSTRAINTS) "setuptools>=68" wheel
-	$(VENV)/bin/python -m pip install -q --no-build-isolation $(CONSTRAINTS) -e ".[demo,test,docs,dev]"
+	$(PY) -m pip install -q "torch==$(TORCH)" $(CONSTRAINTS) "setuptools>=77.0.3" wheel
+	$(PY) -m pip install -q --no-build-isolation $(CONSTRAINTS) -e ".[$(EXTRAS)]"
+	rm -f $(VENV)/.installed-*
 	touch $@
 
-demo: $(STAMP)
+# Links to the package's modules, and in it links to the two sibling folders.
+tree:
+	@mkdir -p $(TREE)/parallax_compile
+	@rm -f $(TREE)/parallax_compile/*
+	@for entry in parallax_compile/*.py parallax_compile/py.typed lowering templates; do \
+		ln -sfn "$(CURDIR)/$$entry" $(TREE)/parallax_compile/; done
+
+# Compiled kernels are kept, so that a second demo starts at once. Tests have caches of their own (tests/conftest.py).
+demo: export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
+demo: export TRITON_CACHE_DIR ?= $(CURDIR)/.cache/triton
+demo: $(READY)
 	$(PY) examples/demo.py --out $(OUT)
 
 test: lint types docs unit interpreted
 
-lint: $(STAMP)
+lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m codespell_lib parallax_compile lowering templates tests benchmarks examples docs README.md CHANGELOG.md
 
-# The type checker wants the package as it is installed: links to the two sibling folders inside of it.
-types: $(STAMP)
-	rm -rf build/types && mkdir -p build/types && cp -rs "$(CURDIR)/parallax_compile" build/types/
-	ln -s "$(CURDIR)/lowering" "$(CURDIR)/templates" build/types/parallax_compile/
-	cd build/types && $(abspath $(PY)) -m mypy --config-file ../../pyproject.toml -p parallax_compile
+types: $(READY) tree
+	cd $(TREE) && $(PY) -m mypy --config-file $(CURDIR)/pyproject.toml -p parallax_compile
 
-docs: $(STAMP)
+docs: $(READY)
 	$(PY) -m mkdocs build --strict --quiet --site-dir build/site
 
-unit: $(STAMP)
-	$(PY) -m pytest tests --ignore=tests/interpreted -n 2
+# PYTHONSAFEPATH: the package is imported as it is installed, not from the current folder.
+unit: $(READY)
+	PYTHONSAFEPATH=1 $(PY) -m pytest tests --ignore=tests/interpreted -n $(JOBS)
 
 # Triton reads TRITON_INTERPRET when it is imported, so the interpreter has a process of its own.
-interpreted: $(STAMP)
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/interpreted -n 2
+interpreted: $(READY)
+	PYTHONSAFEPATH=1 TRITON_INTERPRET=1 $(PY) -m pytest tests/interpreted -n $(JOBS)
 
 # make test-torch TORCH=2.11.0: the suite on another release, in an environment of its own.
 test-torch:
 	$(MAKE) VENV=.venv-torch-$(TORCH) TORCH=$(TORCH) unit interpreted
+
+# On a machine with a GPU, e.g. make check-device VENV= ARGS="--json results.json"
+check-device: $(READY)
+	$(PY) benchmarks/check_device.py $(ARGS)
 
 clean:
 	rm -rf build dist .cache .venv .venv-torch-* demo_out *.egg-info

@@ -307,10 +307,7 @@ class _Candidate:
 
 
 def _checked_candidate(candidate: int | Mapping[str, int]) -> _Candidate:
-    if isinstance(candidate, Mapping):
-        found = _Candidate(by_stage=dict(candidate))
-    else:
-        found = _Candidate(everywhere=candidate)
+    found = _Candidate(by_stage=dict(candidate)) if isinstance(candidate, Mapping) else _Candidate(candidate)
     for index in (found.everywhere, *found.by_stage.values()):
         if isinstance(index, bool) or not isinstance(index, int):
             raise InputTypeError(f"candidate must be an int, or a mapping of stage to int, but got {index!r}.")
@@ -349,13 +346,12 @@ def _parameters_in(source: str) -> dict[str, Any]:
 
 
 def _literal(value: Any) -> Any:
-    """``"64"`` -> 64, ``"'ieee'"`` -> "ieee", however often it is quoted; other text stays."""
-    while isinstance(value, str):
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            break
-    return value
+    """``"64"`` -> 64, ``"'ieee'"`` -> "ieee" (Inductor quotes it once or twice); other text stays."""
+    text = value.strip("\"'") if isinstance(value, str) else ""
+    try:
+        return ast.literal_eval(text) if text else value
+    except (ValueError, SyntaxError):
+        return text
 
 
 def _reproducible(wrapper: str) -> str:

@@ -5,7 +5,8 @@ Nothing is loaded on a device. The tools (ptxas, nvdisasm, cuobjdump) are those 
 
 from __future__ import annotations
 
-import functools
+import contextlib
+import io
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from ..errors import UnsupportedError
 from . import torch_compat_codegen_part as compat
@@ -124,7 +126,7 @@ def compile_kernel(kernel: GeneratedKernel, target: str | Target | None = None) 
         missing["sass"] = reason
     else:
         asm["sass"] = sass
-    report, reason = _assemble(str(asm.get("ptx", "")), resolved)
+    report, reason = _assemble(str(asm.get("ptx", "")), resolved, loaded.options)
     if report is None:
         missing["resources"] = reason
     shared = int(binary.metadata.shared)
@@ -145,27 +147,42 @@ def compile_kernel(kernel: GeneratedKernel, target: str | Target | None = None) 
     )
 
 
-@functools.cache
 def tool(name: str) -> Path | None:
-    """Path of a CUDA tool in the triton wheel (``ptxas``, ``ptxas-blackwell``, ``nvdisasm``, ``cuobjdump``), or None."""
-    path = Path(require_triton().__file__).parent / "backends" / "nvidia" / "bin" / name
-    return path if path.exists() else None
+    """Path of a CUDA tool as Triton finds it (``TRITON_<NAME>_PATH``, else the one in its wheel), or None.
+
+    Args:
+        name: ``ptxas``, ``ptxas-blackwell``, ``nvdisasm``, ``cuobjdump``.
+    """
+    try:
+        return Path(getattr(require_triton().knobs.nvidia, name.replace("-", "_")).path)
+    except (AttributeError, RuntimeError):
+        return None
 
 
-def _assemble(ptx: str, target: Target) -> tuple[str | None, str]:
-    """Ptxas' own report (Triton keeps no spills in what it caches), or None and why."""
+def _assemble(ptx: str, target: Target, options: Mapping[str, Any]) -> tuple[str | None, str]:
+    """What ptxas reports on the kernel, or None and why.
+
+    Triton keeps no report with what it caches, so its last step is repeated, with the flags that it passes.
+    """
     if not ptx:
         return None, "there is no PTX"
-    # Triton's second ptxas knows the architectures that its first one is too old for.
-    name = "ptxas-blackwell" if target.capability >= (10, 0) and tool("ptxas-blackwell") else "ptxas"
-    path = tool(name)
-    if path is None:
+    # As in Triton: its second ptxas knows the architectures that its first one is too old for.
+    name = "ptxas-blackwell" if target.arch >= 100 else "ptxas"
+    if tool(name) is None:
         return None, f"{name} is not in the triton wheel"
-    with tempfile.TemporaryDirectory() as folder:
-        text = Path(folder) / "kernel.ptx"
-        text.write_text(ptx, encoding="utf-8")
-        command = [str(path), "-v", f"--gpu-name={target.ptx_arch}", str(text), "-o", str(text.with_suffix(".cubin"))]
-        return _run(command, report=True)
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+
+    backend = make_backend(GPUTarget("cuda", target.arch, 32))
+    report = io.StringIO()
+    try:
+        with LOCK, knobs.nvidia.scope(), contextlib.redirect_stdout(report):
+            knobs.nvidia.dump_ptxas_log = True
+            backend.make_cubin(ptx, {}, backend.parse_options(dict(options)), target.arch)
+    except Exception as error:  # whatever a private step of another triton release raises: the texts are still there
+        return None, f"{name}: {error}"[:300]
+    return report.getvalue(), ""
 
 
 def _disassemble(cubin: str | bytes | None) -> tuple[str | None, str]:
@@ -188,8 +205,8 @@ def _disassemble(cubin: str | bytes | None) -> tuple[str | None, str]:
     return None, "; ".join(reasons)
 
 
-def _run(command: list[str], *, report: bool = False) -> tuple[str | None, str]:
-    """Standard output of a tool (or its report on standard error), or None and why."""
+def _run(command: list[str]) -> tuple[str | None, str]:
+    """Standard output of a tool, or None and why."""
     name = Path(command[0]).name
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
@@ -197,7 +214,7 @@ def _run(command: list[str], *, report: bool = False) -> tuple[str | None, str]:
         return None, f"{name}: {error}"
     if done.returncode != 0:
         return None, f"{name} failed: {done.stderr.strip()[-300:]}"
-    return (done.stderr + done.stdout) if report else done.stdout, ""
+    return done.stdout, ""
 
 
 def _number(pattern: str, text: str | None) -> int | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -179,7 +180,7 @@ def resolve(target: str | Target | None = None) -> Target:
 
 def _local() -> Target:
     """The first GPU of this machine: its own sizes, and its product's sheet if we have it."""
-    properties = torch.cuda.get_device_properties(0)
+    properties: Any = torch.cuda.get_device_properties(0)
     capability = (properties.major, properties.minor)
     if capability < (8, 0):
         raise InputError(

@@ -133,6 +133,11 @@ class _PretendedDriver:
         return True
 
 
+def _no_stream(*args: Any) -> int:
+    """Answers for everything that would touch a device."""
+    return 0
+
+
 def _forget_probes() -> None:
     from torch._inductor.runtime.hints import DeviceProperties
 
@@ -183,7 +188,7 @@ def pretend_gpu(target: Target) -> Iterator[None]:
         "is_triton_capable": lambda device=None: True,
         "raise_if_triton_unavailable": lambda device=None: None,
         "get_compute_capability": lambda device=None: target.arch,
-        "get_raw_stream": lambda *args: 0,
+        "get_raw_stream": _no_stream,
         "synchronize": lambda *args: None,
         "is_bf16_supported": lambda *args, **kwargs: True,
     }
@@ -200,14 +205,14 @@ def pretend_gpu(target: Target) -> Iterator[None]:
         stack.callback(setattr, driver, "_active", active)
         driver.set_active(_PretendedDriver(target))
         # Generated kernels call this when they are imported.
-        stack.enter_context(mock.patch.object(triton_helpers, "set_driver_to_gpu", lambda: None))
+        stack.enter_context(mock.patch.object(triton_helpers, "set_driver_to_gpu", _no_stream))
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
         for name, answer in interface.items():
             stack.enter_context(mock.patch.object(device_interface.CudaInterface, name, staticmethod(answer)))
         # Builds without CUDA lack what the generated wrapper imports (and never calls here).
         for name in ("_cuda_getCurrentRawStream", "_cuda_exchangeDevice", "_cuda_maybeExchangeDevice"):
-            stack.enter_context(mock.patch.object(torch._C, name, lambda *args: 0, create=True))
+            stack.enter_context(mock.patch.object(torch._C, name, _no_stream, create=True))
         yield
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._dynamo.testing
 from support.oracle import jvp_oracle, leaves, low_precision, relative_error, with_gradients
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint

@@ -162,10 +162,11 @@ def _repair_range() -> None:
 
 # --- libdevice ------------------------------------------------------------------------------------------------------
 
-_UNARY: dict[str, Callable[..., Any]] = {
-    name: getattr(np, name)
-    for name in ["tanh", "sinh", "cosh", "tan", "sin", "cos", "sqrt", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "floor", "ceil", "trunc", "abs", "isnan", "isinf", "isfinite", "signbit"]
-} | {
+_SAME_NAME = (
+    "tanh sinh cosh tan sin cos sqrt exp exp2 expm1 log log2 log10 log1p floor ceil trunc abs isnan isinf isfinite"
+)
+_UNARY: dict[str, Callable[..., Any]] = {name: getattr(np, name) for name in _SAME_NAME.split(" ")} | {
+    "signbit": np.signbit,
     "asin": np.arcsin,
     "acos": np.arccos,
     "atan": np.arctan,
