@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .torch_compat import vectorize_mod
+from ..errors import InputTypeError
+from .torch_compat import result_problem, vectorize_mod
 
 Mod = Callable[..., Any]
 
@@ -31,6 +32,15 @@ def _per_query_head(tensor: Tensor, query: Tensor) -> Tensor:
     return tensor.repeat_interleave(query.size(1) // tensor.size(1), dim=1).to(_dtype(query))
 
 
+def _modified(name: str, mod: Mod, raw: Tensor, index: tuple[Tensor, ...], captured: tuple) -> Tensor:
+    modified = vectorize_mod(mod, n_buffers=len(captured))(raw, *index, *captured)
+    # Checked when Dynamo traces the mod too; a call that it gave up on comes here unchecked.
+    problem = result_problem(modified, is_mask=False)
+    if problem is not None:
+        raise InputTypeError(f"{name} {problem}")
+    return modified.to(raw.dtype)
+
+
 def _scores(
     query: Tensor,
     key: Tensor,
@@ -45,10 +55,10 @@ def _scores(
     keys = _per_query_head(key, query).mT
     raw1 = (query.to(keys.dtype) @ keys) * scale
     raw2 = probe.to(keys.dtype) @ keys if probe is not None else torch.zeros_like(raw1)
-    s1 = vectorize_mod(mods[0], n_buffers=len(buffers[0]))(raw1, *index, *buffers[0]).to(raw1.dtype)
+    s1 = _modified("score_mod", mods[0], raw1, index, buffers[0])
     s2 = raw2
     if probe is not None:
-        s2 = vectorize_mod(mods[1], n_buffers=len(buffers[1]))(raw2, *index, *buffers[1]).to(raw1.dtype)
+        s2 = _modified("covariance_mod", mods[1], raw2, index, buffers[1])
     keep = vectorize_mod(block_mask[-1], n_buffers=len(buffers[2]), kind="mask")(*index, *buffers[2])
     keep = allowed_pairs(block_mask, keep, query.size(2), key.size(2))
     return raw1, raw2, torch.where(keep, s1, -float("inf")), torch.where(keep, s2, 0.0), keep

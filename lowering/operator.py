@@ -683,4 +683,9 @@ def _before_trace() -> None:
     register_lowerings()
 
 
-register_dynamo_operator(attention_forward, mods={4: "score_mod", 5: "score_mod", 6: "mask_fn"}, on_trace=_before_trace)
+register_dynamo_operator(
+    attention_forward,
+    mods={4: "score_mod", 5: "score_mod", 6: "mask_fn"},
+    names={4: "score_mod", 5: "covariance_mod", 6: "mask_mod"},
+    on_trace=_before_trace,
+)

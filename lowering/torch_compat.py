@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,12 +36,15 @@ from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, set_origi
 from torch.nn.attention.flex_attention import _vmap_for_bhqkv
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
+from ..errors import InputTypeError
+
 __all__ = [
     "FENCED",
     "HigherOrderOperator",
     "ProxyTorchDispatchMode",
     "TransformGetItemToIndex",
     "UnsupportedAliasMutationException",
+    "check_arity",
     "compile_fx",
     "create_fw_bw_graph",
     "functionalized_mutates",
@@ -52,6 +56,7 @@ __all__ = [
     "redirect_checkpointing_modes",
     "register_dynamo_operator",
     "register_fake",
+    "result_problem",
     "save_values_for_backward",
     "saved_values",
     "set_original_aten_op",
@@ -174,19 +179,43 @@ def vectorize_mod(mod: Callable[..., Any], *, n_buffers: int = 0, kind: str = "s
     return run
 
 
-def register_dynamo_operator(op: HigherOrderOperator, *, mods: dict[int, str], on_trace: Callable[[], None]) -> None:
+def result_problem(value: Any, *, is_mask: bool) -> str | None:
+    """What is wrong with the value that a mod returned, or None."""
+    if not isinstance(value, Tensor):
+        return f"must return a tensor, but returned {type(value).__name__}."
+    if is_mask and value.dtype != torch.bool:
+        return f"must return bool, but returned {value.dtype}. Compare, do not subtract."
+    if not is_mask and not value.is_floating_point():
+        return f"must return a floating score, but returned {value.dtype}."
+    return None
+
+
+def register_dynamo_operator(
+    op: HigherOrderOperator, *, mods: dict[int, str], names: dict[int, str], on_trace: Callable[[], None]
+) -> None:
     """Teach Dynamo to trace a call of ``op`` whose arguments hold mods.
 
     Args:
         op: the operator. Its arguments are positional; argument ``i`` in ``mods`` is a mod (or, for ``"mask_fn"``, a tuple
             whose last item is one). The tensors captured by the mods are lifted and appended as one tuple for each.
         mods: argument position -> ``"score_mod"`` or ``"mask_fn"``.
+        names: argument position -> what the user calls the mod.
         on_trace: called before each trace (we register our lowerings there).
     """
+    from torch._dynamo import exc
     from torch._dynamo.utils import proxy_args_kwargs
     from torch._dynamo.variables import higher_order_ops
     from torch._dynamo.variables.builder import wrap_fx_proxy
     from torch._dynamo.variables.lists import TupleVariable
+
+    def _check_result(graph: torch.fx.GraphModule, position: int) -> None:
+        (result,) = list(graph.graph.nodes)[-1].args
+        while isinstance(result, (list, tuple)) and len(result) == 1:
+            (result,) = result
+        value = result.meta.get("example_value") if isinstance(result, torch.fx.Node) else result
+        problem = result_problem(value, is_mask=mods[position] == "mask_fn")
+        if problem is not None:
+            raise _traced_error(InputTypeError, exc)(f"{names[position]} {problem}")
 
     class ParallaxOperatorVariable(higher_order_ops.FlexAttentionHigherOrderVariable):
         _HOP_NAME = op.__name__
@@ -209,6 +238,7 @@ def register_dynamo_operator(op: HigherOrderOperator, *, mods: dict[int, str], o
                     plain[position] = TupleVariable(mod.items[:-1], source=mod.source)
                     mod = mod.items[-1]
                 nodes[position], captured = self.create_wrapped_node(tx, score_like, mod, name)
+                _check_result(tx.output.nn_modules[nodes[position].node.target], position)
                 lifted.append(captured)
             keep = [i for i in range(len(plain)) if mods.get(i) != "score_mod"]
             proxies, _ = proxy_args_kwargs([plain[i] for i in keep], {})
@@ -404,19 +434,39 @@ class _RaiseInput(HigherOrderOperator):
 raise_input = _RaiseInput()
 
 
-def _register_raise_input() -> None:
-    from torch._dynamo import exc
+class _CheckArity(HigherOrderOperator):
+    """Checks that a mod takes the arguments it will get; under Dynamo at trace time, on the function itself."""
+
+    def __init__(self) -> None:
+        super().__init__("parallax_check_arity")
+
+    def __call__(self, name: str, mod: Callable[..., Any], *expected: str) -> None:
+        problem = arity_problem(mod, expected)
+        if problem is not None:
+            raise InputTypeError(f"{name} {problem}")
+
+
+check_arity = _CheckArity()
+
+
+def arity_problem(mod: Callable[..., Any], expected: Sequence[str]) -> str | None:
+    """What is wrong with the arguments that ``mod`` takes, or None."""
+    try:
+        inspect.signature(mod).bind(*expected)
+    except TypeError as error:
+        name = getattr(mod, "__qualname__", None) or type(mod).__qualname__
+        return f"must take ({', '.join(expected)}), but {name} does not: {error}."
+    except ValueError:  # a builtin without a signature: the trace will tell
+        return None
+    return None
+
+
+def _register_user_errors() -> None:
+    from torch._dynamo import exc, variables
     from torch._dynamo.variables import higher_order_ops
 
     def traced(error: type[Exception]) -> type[Exception]:
-        """``error`` as a class that Dynamo passes on unchanged (it rewraps exceptions that are not its own)."""
-
-        class Traced(error, exc.UserError):  # type: ignore[misc, valid-type]
-            def __init__(self, message: str) -> None:
-                exc.UserError.__init__(self, exc.UserErrorType.INVALID_INPUT, message)
-
-        Traced.__name__, Traced.__qualname__, Traced.__module__ = error.__name__, error.__qualname__, error.__module__
-        return Traced
+        return _traced_error(error, exc)
 
     class RaiseInputVariable(higher_order_ops.TorchHigherOrderOperatorVariable):
         _HOP_NAME = raise_input.__name__
@@ -427,7 +477,46 @@ def _register_raise_input() -> None:
 
         call_function = _call_function
 
-    higher_order_ops._hop_name_to_variable_class[raise_input.__name__] = RaiseInputVariable
+    class CheckArityVariable(higher_order_ops.TorchHigherOrderOperatorVariable):
+        _HOP_NAME = check_arity.__name__
+
+        def _call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
+            name, mod, *expected = args
+            fn = _callable_of(mod)
+            problem = None if fn is None else arity_problem(fn, [item.as_python_constant() for item in expected])
+            if problem is not None:
+                raise traced(InputTypeError)(f"{name.as_python_constant()} {problem}")
+            return variables.ConstantVariable.create(None)
+
+        call_function = _call_function
+
+    registered = higher_order_ops._hop_name_to_variable_class
+    registered[raise_input.__name__] = RaiseInputVariable
+    registered[check_arity.__name__] = CheckArityVariable
+
+
+def _traced_error(error: type[Exception], exc: ModuleType) -> type[Exception]:
+    """``error`` as a class that Dynamo passes on unchanged (it rewraps exceptions that are not its own)."""
+
+    class Traced(error, exc.UserError):  # type: ignore[misc, valid-type, name-defined]
+        def __init__(self, message: str) -> None:
+            exc.UserError.__init__(self, exc.UserErrorType.INVALID_INPUT, message)
+
+    Traced.__name__, Traced.__qualname__, Traced.__module__ = error.__name__, error.__qualname__, error.__module__
+    return Traced
+
+
+def _callable_of(variable: Any) -> Callable[..., Any] | None:
+    """The Python callable behind a Dynamo variable; None where Dynamo holds only code that it made itself."""
+    for attribute in ("value", "fn"):
+        found = getattr(variable, attribute, None)
+        if callable(found):
+            return found
+    code = getattr(variable, "code", None)
+    code = code.as_python_constant() if hasattr(code, "as_python_constant") else code
+    if not isinstance(code, types.CodeType) or code.co_freevars:
+        return None
+    return types.FunctionType(code, {})
 
 
 def _render(message: Any) -> str:
@@ -441,4 +530,4 @@ def _render(message: Any) -> str:
     return str(getattr(message, "sym_num", message))
 
 
-_register_raise_input()
+_register_user_errors()

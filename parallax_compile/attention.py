@@ -21,7 +21,7 @@ from .errors import InputError, InputTypeError
 from .lowering.cache_key import CACHE_SALT
 from .lowering.dense import allowed_pairs
 from .lowering.operator import attention_forward
-from .lowering.torch_compat import mark_static, raise_input, vectorize_mod
+from .lowering.torch_compat import mark_static, raise_input, result_problem, vectorize_mod
 from .spec import PARALLAX, SOFTMAX, AttentionSpec
 
 __all__ = ["AuxOutput", "AuxRequest", "attention", "flex_attention"]
@@ -204,7 +204,7 @@ def _uncompiled(
 
         def run(scores: Tensor) -> Tensor:
             modified = vectorized(scores, *index) if scores.numel() else scores
-            _check_mod_result(name, modified, bool_expected=False)
+            _check_result(name, modified, is_mask=False)
             return modified.to(scores.dtype)
 
         return run
@@ -213,7 +213,7 @@ def _uncompiled(
         if any(n.numel() == 0 for n in index):
             return None
         keep = vectorize_mod(mask_mod, kind="mask")(*index)
-        _check_mod_result("mask_mod", keep, bool_expected=True)
+        _check_result("mask_mod", keep, is_mask=True)
         return keep
 
     mask = None
@@ -380,13 +380,10 @@ def _aux_request(return_lse: bool, return_aux: Any, spec: AttentionSpec) -> AuxR
     return request
 
 
-def _check_mod_result(name: str, result: Any, *, bool_expected: bool) -> None:
-    if not isinstance(result, Tensor):
-        raise InputTypeError(f"{name} must return a tensor, but returned {type(result).__name__}.")
-    if bool_expected and result.dtype != torch.bool:
-        raise InputTypeError(f"{name} must return bool, but returned {result.dtype}. Compare, do not subtract.")
-    if not bool_expected and not result.is_floating_point():
-        raise InputTypeError(f"{name} must return a floating score, but returned {result.dtype}.")
+def _check_result(name: str, result: Any, *, is_mask: bool) -> None:
+    problem = result_problem(result, is_mask=is_mask)
+    if problem is not None:
+        raise InputTypeError(f"{name} {problem}")
 
 
 _warned = False

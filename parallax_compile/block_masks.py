@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from . import masks
-from .masks import MaskMod
+from .errors import InputTypeError
+from .lowering.torch_compat import raise_input, result_problem
+from .masks import LibraryMask, MaskMod
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
@@ -24,6 +26,11 @@ def combined_block_mask(
     """
     if mask_mod is None:
         return block_mask
+    if not isinstance(mask_mod, LibraryMask):
+        zero = torch.zeros((), dtype=torch.int32, device=query.device)
+        problem = result_problem(mask_mod(zero, zero, zero, zero), is_mask=True)
+        if problem is not None:
+            raise_input(InputTypeError, f"the spec's mask_mod {problem}")
     batch, heads, q_length, kv_length = query.size(0), query.size(1), query.size(2), key.size(2)
     if block_mask is None:
         return masks.block_mask(mask_mod, batch, heads, q_length, kv_length, query.device)

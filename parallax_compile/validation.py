@@ -6,9 +6,8 @@ failed one surface as itself, compiled or not.
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,11 +15,12 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from .errors import InputError, InputTypeError, UnsupportedError
-from .lowering.torch_compat import raise_input
+from .lowering.torch_compat import check_arity, raise_input
 from .spec import AttentionSpec
 
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 MAX_WIDTH = 256
+_SCORE_ARGUMENTS = ("score", "b", "h", "q_idx", "kv_idx")
 KERNEL_OPTIONS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
 KERNEL_OPTION_PREFIXES = ("", "fwd_", "bwd_", "bwd_query_", "bwd_key_")
 
@@ -126,25 +126,18 @@ def check_mods(spec: AttentionSpec, score_mod: Any, covariance_mod: Any) -> None
             continue
         if not callable(mod):
             raise_input(InputTypeError, f"{name} must be callable or None, but got {type(mod).__name__}.")
+        check_arity(name, mod, *_SCORE_ARGUMENTS)
+    for name, mod in (("the spec's score_mod", spec.score_mod), ("the spec's covariance_mod", spec.covariance_mod)):
+        if mod is not None:
+            check_arity(name, mod, *_SCORE_ARGUMENTS)
+    if spec.mask_mod is not None:
+        check_arity("the spec's mask_mod", spec.mask_mod, *_SCORE_ARGUMENTS[1:])
     if score_mod is not None and spec.bandwidth.kind == "infinite":
         raise_input(
             InputError, "score_mod has no effect at infinite bandwidth, where every allowed key weighs the same."
         )
     if covariance_mod is not None and spec.probe.kind == "zero":
         raise_input(InputError, "covariance_mod needs a probe, but the spec's probe is zero.")
-
-
-def check_arity(name: str, mod: Callable[..., Any], expected: tuple[str, ...]) -> None:
-    """``mod`` takes the positional arguments ``expected``. Not traced: called where Dynamo sees a constant result."""
-    try:
-        inspect.signature(mod).bind(*expected)
-    except TypeError as error:
-        raise InputTypeError(
-            f"{name} must take ({', '.join(expected)}), but {getattr(mod, '__qualname__', mod)!r} does not: {error}. "
-            "Mods are told apart by their names, not by their arity."
-        ) from None
-    except ValueError:  # a builtin without a signature: the trace will tell
-        return
 
 
 def check_block_mask(block_mask: Any, query: Tensor, key: Tensor) -> None:

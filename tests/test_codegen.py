@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -44,6 +46,11 @@ def generate(fn: Callable[..., Any] = parallax, target: str = "sm_90", **options
 
 
 # --- targets --------------------------------------------------------------------------------------------------------
+
+
+def test_the_package_imports_without_triton() -> None:
+    program = "import sys; sys.modules['triton'] = None; import parallax_compile as plx; plx.inspect"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
 
 
 def test_targets_resolve_by_name_and_default() -> None:
@@ -274,6 +281,19 @@ def test_the_backward_compiles_to_machine_code_with_what_inductor_fuses() -> Non
         compiled = cubin.compile_kernel(kernel, "sm_90")
         assert set(compiled.asm) == set(cubin.STAGES)
         assert compiled.instructions == (frozenset({"wgmma"}) if kernel.stage else frozenset())
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize(
+    "spec", [plx.PARALLAX, plx.PARALLAX.replace(mask_mod=plx.masks.causal())], ids=["full", "causal"]
+)
+def test_default_candidates_do_not_spill_on_hopper(spec: plx.AttentionSpec, width: int) -> None:
+    def call(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Tensor:
+        return plx.attention(q, k, v, r, spec=spec, enable_gqa=True)
+
+    code = generate(call, operands={"length": 1024, "width": width})
+    resources = {stage: cubin.compile_kernel(code.stage(stage), "sm_90").resources for stage in STAGES}
+    assert {stage: found.spills for stage, found in resources.items()} == dict.fromkeys(STAGES, 0)
 
 
 def test_a_missing_tool_is_a_reason_not_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

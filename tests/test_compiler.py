@@ -1,0 +1,101 @@
+"""The decorator and the backend."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+from support.oracle import relative_error
+from torch import Tensor, nn
+
+import parallax_compile as plx
+from parallax_compile.errors import InputError, InputTypeError
+
+
+class Plain(nn.Module):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.projection = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, *, gain: float = 1.0) -> Tensor:
+        """Doc."""
+        return plx.attention(x, x, self.projection(x), x) * gain
+
+
+@plx.parallax_compile(fullgraph=True)
+class Decorated(Plain):
+    """A docstring that stays."""
+
+
+@plx.parallax_compile
+class Bare(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return plx.attention(x, x, x)
+
+
+def test_a_decorated_class_stays_a_class() -> None:
+    model = Decorated()
+    assert isinstance(model, Decorated)
+    assert isinstance(model, Plain)
+    assert Decorated.__name__ == "Decorated"
+    assert Decorated.__doc__ == "A docstring that stays."
+    assert inspect.signature(Decorated.forward) == inspect.signature(Plain.forward)
+    assert list(model.state_dict()) == ["projection.weight", "projection.bias"]
+    again = pickle.loads(pickle.dumps(model))
+    copied = copy.deepcopy(model)
+    x = torch.randn(1, 2, 16, 8)
+    want = Plain.forward(model, x)
+    for twin in (model, again, copied):
+        assert relative_error(twin(x, gain=2.0), 2 * want) < 1e-5
+
+
+def test_a_decorated_subclass_leaves_its_base_alone() -> None:
+    assert Plain.forward is not Decorated.forward
+    assert "_parallax_eager_forward" not in vars(Plain)
+
+
+def test_a_decorated_instance_is_a_twin() -> None:
+    model = Plain()
+    compiled = plx.parallax_compile(model, fullgraph=True)
+    x = torch.randn(1, 2, 16, 8)
+    assert compiled is not model
+    assert type(compiled) is Plain
+    assert "forward" not in vars(model)
+    assert list(compiled.state_dict()) == list(model.state_dict())
+    assert compiled.projection is model.projection
+    assert relative_error(compiled(x), model(x)) < 1e-5
+    compiled(x).sum().backward()
+    assert model.projection.weight.grad is not None
+
+
+def test_a_function_and_its_metadata() -> None:
+    @plx.parallax_compile(mode="default", dynamic=False)
+    def attend(q: Tensor, k: Tensor) -> Tensor:
+        """Attend."""
+        return plx.attention(q, k, k)
+
+    assert attend.__name__ == "attend"
+    assert attend.__doc__ == "Attend."
+    x = torch.randn(1, 2, 16, 8)
+    assert relative_error(attend(x, x), plx.attention(x, x, x)) < 1e-5
+
+
+def test_backend_by_name_with_options() -> None:
+    assert "parallax" in torch._dynamo.list_backends()
+    x = torch.randn(1, 2, 16, 8)
+    compiled = torch.compile(Bare(), backend="parallax", options={"epilogue_fusion": False})
+    assert relative_error(compiled(x), plx.attention(x, x, x)) < 1e-5
+
+
+def test_refusals() -> None:
+    with pytest.raises(InputTypeError, match="nn.Module classes"):
+        plx.parallax_compile(dict)
+    with pytest.raises(InputTypeError, match="got int"):
+        plx.parallax_compile(3)
+    with pytest.raises(InputError, match="mode must be one of"):
+        plx.parallax_compile(Plain(), mode="fastest")
+    with pytest.raises(Exception, match=r"parallax\.unknown"):
+        torch.compile(Bare(), backend="parallax", options={"parallax.unknown": 1})(torch.randn(1, 1, 4, 4))

@@ -1,0 +1,130 @@
+"""Plans and explanations, as text."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+
+import parallax_compile as plx
+from parallax_compile.lowering.candidates import Candidate, candidates, shared_memory
+from parallax_compile.lowering.plan import Problem, make_plan
+from parallax_compile.lowering.targets import TARGETS
+
+
+def problem(**changes: object) -> Problem:
+    sizes = {"batch": 2, "q_heads": 8, "kv_heads": 2, "q_length": 4096, "kv_length": 4096, "width": 128}
+    kind = {"value_width": 128, "dtype": "bfloat16", "itemsize": 2, "device": "cuda"}
+    return Problem(**{**sizes, **kind, **changes})  # type: ignore[arg-type]
+
+
+def text(plan: object) -> str:
+    return "\n".join(
+        f"{s.direction} {s.name} [{s.algorithm}] {s.products} reads {' '.join(s.reads)} writes {' '.join(s.writes)}"
+        for s in plan.stages  # type: ignore[attr-defined]
+    )
+
+
+def test_inference() -> None:
+    assert_expected_inline(
+        text(make_plan(problem())),
+        """forward core_forward [streaming] (2, 2) reads query key value probe writes out lse probe_mean""",
+    )
+
+
+def test_training() -> None:
+    assert_expected_inline(
+        text(make_plan(problem(needs_grad=(True,) * 4))),
+        """\
+forward core_forward [streaming] (2, 2) reads query key value probe writes out lse probe_mean value_mean
+backward row_terms [pointwise] (0, 0) reads grad_out out value_mean writes tau beta
+backward core_backward_query [streaming] (4, 1) reads query key value probe grad_out lse tau probe_mean beta writes grad_query grad_probe
+backward core_backward_key [streaming] (4, 2) reads query key value probe grad_out lse tau probe_mean beta writes grad_key grad_value""",  # noqa: E501
+    )
+
+
+def test_softmax_costs_what_softmax_costs() -> None:
+    plan = make_plan(problem(has_probe=False, needs_grad=(True, True, True, False)))
+    assert [stage.products for stage in plan.stages] == [(1, 1), (0, 0), (2, 1), (2, 2)]
+    assert "probe" not in text(plan)
+
+
+def test_gradients_that_nobody_needs_take_no_kernel() -> None:
+    names = lambda *needs: [s.name for s in make_plan(problem(needs_grad=needs)).direction("backward")]
+    assert names(True, False, False, False) == ["row_terms", "core_backward_query"]
+    assert names(False, False, True, False) == ["row_terms", "core_backward_key"]
+    only_captured = make_plan(problem(needs_grad=(False,) * 4, captured_grads=True))
+    assert [s.name for s in only_captured.direction("backward")] == ["row_terms", "core_backward_key"]
+
+
+def test_costs() -> None:
+    plan = make_plan(problem(visited=0.5))
+    (stage,) = plan.stages
+    cost = plan.cost(stage)
+    assert cost.flops == 4 * 2 * 2 * 8 * 4096 * 4096 * 128 / 2
+    rows, keys = 2 * 8 * 4096, 2 * 2 * 4096
+    assert cost.bytes == 2 * 128 * (rows * 3 + keys * 2) + 4 * 2 * rows
+
+
+def test_cpu_takes_row_chunks() -> None:
+    plan = make_plan(problem(device="cpu", needs_grad=(True,) * 4))
+    assert [s.algorithm for s in plan.stages] == ["row chunks", "pointwise", "row chunks"]
+
+
+def test_explain_reads_as_text() -> None:
+    q, k, v, r = (torch.empty(1, 4, 1024, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(4))
+    found = plx.explain(plx.PARALLAX.replace(mask_mod=plx.masks.causal()), q, k, v, r, target="sm_90")
+    assert_expected_inline(
+        re.sub(r"[ -]{3,}", "  ", str(found)),
+        """\
+PARALLAX: AttentionSpec(Finite(), Learned(), mask_mod=Causal(offset=0))
+query [1, 4, 1024, 64], key [1, 4, 1024, 64], value width 64, bfloat16, gradients
+mask: 56.2% of the blocks visited
+target: sm_90 (NVIDIA H100 80GB HBM3)
+
+stage  direction  algorithm  GFLOP  MB  FLOP/byte  floor  bound by
+  
+core_forward  forward  streaming  1.208  3.18  380  1.2 us  arithmetic
+row_terms  backward  pointwise  0.000  1.61  0  0.5 us  memory bandwidth
+core_backward_query  backward  streaming  1.510  3.74  404  1.5 us  arithmetic
+core_backward_key  backward  streaming  1.812  3.74  485  1.8 us  arithmetic
+
+core_forward: finite bandwidth: the weights need every allowed key, one pass keeps no score
+row_terms: two row sums, fused by Inductor
+core_backward_query: query or probe needs a gradient: rows stay, keys stream
+core_backward_key: key, value or a captured tensor needs a gradient: keys stay, rows stream, the query heads of a group are summed in registers
+floor of all stages: 5.1 us (data-sheet rates; no kernel reaches them)""",  # noqa: E501
+    )
+
+
+STAGES = ("core_forward", "core_backward_query", "core_backward_key")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("width", [1, 16, 40, 64, 80, 128, 200, 256])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_candidates_fit_every_target(stage: str, width: int, itemsize: int) -> None:
+    for target in TARGETS.values():
+        limit = target.shared_memory_per_block
+        found = candidates(
+            stage, width=width, value_width=width, itemsize=itemsize, has_probe=True, shared_memory_limit=limit
+        )
+        assert found
+        assert all(shared_memory(stage, c, width, width, itemsize, True) <= limit for c in found)
+
+
+def test_candidates_divide_the_masks_blocks_and_obey_options() -> None:
+    given = {"width": 128, "value_width": 128, "itemsize": 2, "has_probe": True, "shared_memory_limit": 232448}
+    for candidate in candidates("core_forward", **given, q_block=48, kv_block=32):
+        assert 48 % candidate.block_m == 0
+        assert 32 % candidate.block_n == 0
+    options = {"BLOCK_M": 32, "bwd_BLOCK_M": 64, "bwd_key_num_warps": 8, "num_stages": 1}
+    assert candidates("core_forward", **given, options=options)[0] == Candidate(32, 64, 8, 1)
+    assert candidates("core_backward_query", **given, options=options)[0] == Candidate(64, 32, 4, 1)
+    assert candidates("core_backward_key", **given, options=options)[0] == Candidate(64, 64, 8, 1)
+    with pytest.raises(ValueError, match="must divide"):
+        candidates("core_forward", **given, q_block=32, options={"BLOCK_M": 64})
+    with pytest.raises(ValueError, match="shared memory"):
+        candidates("core_forward", **given, options={"BLOCK_M": 512, "BLOCK_N": 512})

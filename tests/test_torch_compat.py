@@ -1,0 +1,34 @@
+"""Every private symbol of torch that we call exists in the installed release, with the parameters that we pass."""
+
+from __future__ import annotations
+
+import pytest
+
+from parallax_compile.lowering import cache_key, torch_compat
+
+
+def test_every_fenced_symbol_is_there() -> None:
+    assert torch_compat.missing_symbols() == []
+
+
+def test_the_check_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(torch_compat.FENCED, "torch._inductor.ir:NoSuchNode", ())
+    monkeypatch.setitem(torch_compat.FENCED, "torch._inductor.lowering:to_dtype", ("no_such_parameter",))
+    missing = torch_compat.missing_symbols()
+    assert any("NoSuchNode" in line for line in missing)
+    assert any("no_such_parameter" in line for line in missing)
+
+
+def test_what_inductor_gives_is_listed() -> None:
+    for name, source in torch_compat._Inductor._SOURCES.items():
+        if ":" in source:
+            assert any(source in fenced for fenced in torch_compat.FENCED), f"{name} is not in FENCED"
+        assert getattr(torch_compat.inductor, name) is not None
+
+
+def test_the_cache_salt_follows_templates_and_lowering(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = cache_key._digest()
+    assert before == cache_key.CACHE_SALT
+    texts = cache_key.templates.texts()
+    monkeypatch.setattr(cache_key.templates, "texts", lambda: [texts[0] + b" ", *texts[1:]])
+    assert cache_key._digest() != before
