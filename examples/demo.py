@@ -129,7 +129,9 @@ def batches(tokens: Tensor, seed: int) -> Iterator[Tensor]:
 
 def optimizers(model: nn.Module, steps: int) -> tuple[list[torch.optim.Optimizer], list[Any]]:
     """Muon for the hidden matrices, AdamW for the rest; warm-up, then a cosine, for both."""
-    hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "embedding" not in name and "head" not in name]
+    hidden = [
+        p for name, p in model.named_parameters() if p.ndim == 2 and "embedding" not in name and "head" not in name
+    ]
     chosen = set(map(id, hidden))
     rest = [p for p in model.parameters() if id(p) not in chosen]
     found = [

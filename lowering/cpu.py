@@ -24,6 +24,7 @@ MIN_ROWS = 32
 ROWS_OF_ALL_HEADS = 2048
 
 Mod = Callable[..., Any]
+Graph = torch.fx.GraphModule
 
 
 class _Mods(NamedTuple):
@@ -49,13 +50,13 @@ class _Mods(NamedTuple):
 def _as_tensor(captured: Any) -> Any:
     """A captured number that is a symbol, as a scalar tensor: mods vectorise over tensors only."""
     if isinstance(captured, torch.SymInt):
-        return torch.full((), captured, dtype=torch.int64)
+        return torch.full((), captured, dtype=torch.int64)  # type: ignore[call-overload]
     if isinstance(captured, torch.SymFloat):
-        return torch.full((), captured, dtype=torch.float64)
+        return torch.full((), captured, dtype=torch.float64)  # type: ignore[call-overload]
     return captured
 
 
-def _mods(score: Mod, covariance: Mod, mask: Mod, captured: tuple[tuple, tuple, tuple]) -> _Mods:
+def _mods(score: Graph, covariance: Graph, mask: Graph, captured: tuple[tuple, tuple, tuple]) -> _Mods:
     first, second, third = (tuple(map(_as_tensor, buffers)) for buffers in captured)
     buffers = (first, second, third)
     return _Mods(
@@ -195,8 +196,8 @@ def forward(
     key: Tensor,
     value: Tensor,
     probe: Tensor | None,
-    score_mod: Mod,
-    covariance_mod: Mod,
+    score_mod: Graph,
+    covariance_mod: Graph,
     block_mask: tuple,
     scale: float,
     intercept: bool,
@@ -243,7 +244,7 @@ def forward(
     ]
     if save_value_mean:
         carried.append(_padded_rows(query, count, width, dtype=query.dtype))
-    operands = [query, key.to(dtype), value.to(dtype), *([probe] if has_probe else []), *mods.flat()]
+    operands: list[Any] = [query, key.to(dtype), value.to(dtype), *([probe] if has_probe else []), *mods.flat()]
     out, lse, mean, *value_mean = (
         tensor[:, :, : query.size(2)] for tensor in _over_rows(count, query, chunk, carried, operands)
     )
@@ -260,8 +261,8 @@ def backward(
     probe_mean: Tensor,
     tau: Tensor,
     beta: Tensor,
-    fw_graphs: tuple[Mod, Mod],
-    joint_graphs: tuple[torch.fx.GraphModule, torch.fx.GraphModule],
+    fw_graphs: tuple[Graph, Graph],
+    joint_graphs: tuple[Graph, Graph],
     block_mask: tuple,
     scale: float,
     intercept: bool,
@@ -354,7 +355,7 @@ def backward(
         if want
     ]
     carried += [torch.zeros(buffer.shape, dtype=dtype) for buffer in differentiated]
-    operands = [query, key.to(dtype), value.to(dtype), grad_out, lse, probe_mean, tau, beta]
+    operands: list[Any] = [query, key.to(dtype), value.to(dtype), grad_out, lse, probe_mean, tau, beta]
     operands += [*([probe] if has_probe else []), *mods.flat()]
     results = iter(_over_rows(count, query, chunk, carried, operands))
     dq = next(results)[:, :, : query.size(2)] if need_query else None
@@ -365,7 +366,7 @@ def backward(
         tuple(next(results).to(buffer.dtype) if want else None for buffer, want in zip(captured, flags, strict=True))
         for captured, flags in zip(buffers[:2], wanted, strict=True)
     )
-    return dq, dk, dv, dr, *captured_grads
+    return dq, dk, dv, dr, captured_grads[0], captured_grads[1]
 
 
 def lower(function: Callable[..., Any], arguments: Sequence[Any]) -> Any:

@@ -182,7 +182,7 @@ def backward(
         _as_fake(g.to(like.dtype), like) if needed and like is not None else None
         for g, like, needed in zip(full, (query, key, value, probe), needs_grad, strict=True)
     )
-    return (*grads, score_grads, covariance_grads)
+    return grads[0], grads[1], grads[2], grads[3], score_grads, covariance_grads
 
 
 def _as_fake(result: Tensor, like: Tensor) -> Tensor:

@@ -173,7 +173,7 @@ def _call(
         key,
         value,
         probe,
-        BlockMaskOperands(*blocks, guard(block_mask[8]), guard(block_mask[9]), mask_graph),
+        BlockMaskOperands(*blocks, guard(block_mask[8]), guard(block_mask[9]), mask_graph),  # type: ignore[call-arg]
         *mods,
         mask=_inline(mask_graph, mask_buffers, device, score=False),
         mask_buffers=_realized(mask_buffers),

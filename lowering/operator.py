@@ -96,6 +96,7 @@ class AttentionForward(HigherOrderOperator):
         covariance_mod_buffers: tuple = (),
         mask_mod_buffers: tuple = (),
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Check the operands and dispatch."""
         validate_subgraph_args_types((*score_mod_buffers, *covariance_mod_buffers, *mask_mod_buffers))
         return super().__call__(
             query,
@@ -145,6 +146,7 @@ class AttentionBackward(HigherOrderOperator):
         score_grad_sum: Tensor | None = None,
         probe_score_grad_sum: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, tuple, tuple]:
+        """Check the operands and dispatch."""
         validate_subgraph_args_types((*score_mod_buffers, *covariance_mod_buffers, *mask_mod_buffers))
         return super().__call__(
             query,
@@ -397,7 +399,7 @@ def _forward_functionalize(
         ):
             if functionalized_mutates(ctx, mod, [*_example(tensors[0]), *captured]):
                 raise UnsupportedAliasMutationException(f"{name} writes into a tensor; mods must be pure functions")
-        out = attention_forward(
+        out = attention_forward(  # type: ignore[call-arg]
             *tensors,
             ctx.functionalize(score_mod),
             ctx.functionalize(covariance_mod),
@@ -441,7 +443,7 @@ def _backward_functionalize(
     sums = ctx.unwrap_tensors((score_grad_sum, probe_score_grad_sum))
     buffers = [ctx.unwrap_tensors(b) for b in (score_mod_buffers, covariance_mod_buffers, mask_mod_buffers)]
     with ctx.redispatch_to_next():
-        grads = attention_backward(
+        grads = attention_backward(  # type: ignore[call-arg]
             *tensors,
             tuple(map(ctx.functionalize, fw_graphs)),
             tuple(map(ctx.functionalize, joint_graphs)),
@@ -598,7 +600,7 @@ class _AttentionAutograd(torch.autograd.Function):
 def _joint_graphs(
     query: Tensor, mods: tuple[Mod, Mod], buffers: tuple[tuple, tuple]
 ) -> tuple[tuple[Mod, Mod], tuple[Mod, Mod]]:
-    example = tuple(_example(query, requires_grad=True))
+    example: Any = tuple(_example(query, requires_grad=True))
     pairs = [create_fw_bw_graph(mod, example, captured) for mod, captured in zip(mods, buffers, strict=True)]
     return (pairs[0][0], pairs[1][0]), (pairs[0][1], pairs[1][1])
 

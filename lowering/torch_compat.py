@@ -14,7 +14,7 @@ import importlib
 import inspect
 import types
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.utils._pytree as pytree
@@ -263,7 +263,7 @@ mark_static = torch._dynamo.mark_static  # heads and widths stay constants, so t
 class _Inductor:
     """The parts of Inductor that a lowering needs, imported on first use."""
 
-    _SOURCES = {
+    _SOURCES: ClassVar[dict[str, str]] = {
         "ir": "torch._inductor.ir",
         "config": "torch._inductor.config",
         "lowerings": "torch._inductor.lowering:lowerings",
@@ -495,7 +495,7 @@ def _register_user_errors() -> None:
     registered[check_arity.__name__] = CheckArityVariable
 
 
-def _traced_error(error: type[Exception], exc: ModuleType) -> type[Exception]:
+def _traced_error(error: type[Exception], exc: Any) -> type[Exception]:
     """``error`` as a class that Dynamo passes on unchanged (it rewraps exceptions that are not its own)."""
 
     class Traced(error, exc.UserError):  # type: ignore[misc, valid-type, name-defined]
@@ -512,8 +512,9 @@ def _callable_of(variable: Any) -> Callable[..., Any] | None:
         found = getattr(variable, attribute, None)
         if callable(found):
             return found
-    code = getattr(variable, "code", None)
-    code = code.as_python_constant() if hasattr(code, "as_python_constant") else code
+    code: Any = getattr(variable, "code", None)
+    if hasattr(code, "as_python_constant"):
+        code = code.as_python_constant()
     if not isinstance(code, types.CodeType) or code.co_freevars:
         return None
     return types.FunctionType(code, {})

@@ -34,22 +34,21 @@ def combined_block_mask(
     batch, heads, q_length, kv_length = query.size(0), query.size(1), query.size(2), key.size(2)
     if block_mask is None:
         return masks.block_mask(mask_mod, batch, heads, q_length, kv_length, query.device)
-    own = masks.block_mask(
-        mask_mod, batch, heads, q_length, kv_length, query.device, BLOCK_SIZE=tuple(block_mask.BLOCK_SIZE)
-    )
+    sizes = (block_mask.BLOCK_SIZE[0], block_mask.BLOCK_SIZE[1])
+    own = masks.block_mask(mask_mod, batch, heads, q_length, kv_length, query.device, BLOCK_SIZE=sizes)
     kinds = torch.minimum(block_kinds(own), block_kinds(block_mask))
     given = block_mask.mask_mod
 
     def both(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return mask_mod(b, h, q_idx, kv_idx) & given(b, h, q_idx, kv_idx)
 
-    return masks.from_kinds(kinds, (q_length, kv_length), tuple(block_mask.BLOCK_SIZE), both)
+    return masks.from_kinds(kinds, (q_length, kv_length), sizes, both)
 
 
 def block_kinds(block_mask: BlockMask) -> Tensor:
     """EMPTY, PARTIAL or FULL for each pair of blocks, int8 ``[B, H, q blocks, kv blocks]``."""
     kinds = _listed(block_mask.kv_num_blocks, block_mask.kv_indices) * PARTIAL
-    if block_mask.full_kv_num_blocks is not None:
+    if block_mask.full_kv_num_blocks is not None and block_mask.full_kv_indices is not None:
         full = _listed(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
         kinds = torch.maximum(kinds, full * FULL)
     return kinds

@@ -54,7 +54,7 @@ def parallax_compile(obj: T, **options: Any) -> T: ...
 def parallax_compile(obj: None = None, **options: Any) -> Callable[[T], T]: ...
 
 
-def parallax_compile(
+def parallax_compile(  # type: ignore[misc]
     obj: Any = None,
     *,
     fullgraph: bool = False,

@@ -7,6 +7,7 @@ trace with dynamic lengths. Masks combine by ``&``; ``q_idx`` and ``kv_idx`` sta
 
 from __future__ import annotations
 
+import abc
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,15 +51,16 @@ class Bounds:
     kv_length: int
 
 
-class LibraryMask:
-    """A mask with block bounds: callable as a ``mask_mod``, combinable by ``&``."""
+class LibraryMask(abc.ABC):
+    """A mask with block bounds: callable as a ``mask_mod``, combinable by ``&``. Subclass it for masks of your own."""
 
+    @abc.abstractmethod
     def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Whether the pair is allowed; on scalar or broadcastable index tensors."""
 
+    @abc.abstractmethod
     def extent(self, bounds: Bounds) -> tuple[Tensor, Tensor]:
         """Whether a block may have an allowed pair, and whether all its pairs surely are; broadcastable to blocks."""
-        raise NotImplementedError
 
     def __and__(self, other: LibraryMask) -> LibraryMask:
         if not isinstance(other, LibraryMask):

@@ -28,7 +28,9 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, head_dim: int, base: float = 10000.0, device: Any = None) -> None:
         super().__init__()
         if head_dim % 2:
-            raise InputError(f"head_dim must be even for a rotary embedding, but got {head_dim}. Or pass rope_base=None.")
+            raise InputError(
+                f"head_dim must be even for a rotary embedding, but got {head_dim}. Or pass rope_base=None."
+            )
         exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
         self.register_buffer("inverse_frequency", base**-exponent, persistent=False)
 
@@ -96,7 +98,9 @@ class ParallaxAttention(nn.Module):
                 )
             head_dim = embed_dim // num_heads
         if spec.probe.kind not in ("learned", "zero"):
-            raise UnsupportedError(f"ParallaxAttention takes learned and zero probes, but the spec's is {spec.probe.kind}.")
+            raise UnsupportedError(
+                f"ParallaxAttention takes learned and zero probes, but the spec's is {spec.probe.kind}."
+            )
         self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim = embed_dim, num_heads, num_kv_heads, head_dim
         self.spec = _causal(spec) if causal else spec
         made: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}

@@ -82,7 +82,7 @@ def attention(
             iterations = torch.zeros(query.shape[:3], dtype=torch.int32, device=query.device)
         else:
             rho = _gradient_steps(matrix, right, lam, spec)
-            iterations = torch.full(query.shape[:3], spec.probe.steps, dtype=torch.int32, device=query.device)
+            iterations = torch.full_like(lse, _steps(spec), dtype=torch.int32)
         residual = (right - (matrix @ rho[..., None])[..., 0]).norm(dim=-1).detach()
     if rho is None:
         zeros = torch.zeros_like(lse)
@@ -93,10 +93,8 @@ def attention(
         probe_scores = covariance_mod(probe_scores)
     probe_scores = torch.where(allowed, probe_scores, 0.0)
     probe_mean = (weights * probe_scores).sum(-1)
-    if spec.intercept:
-        out = (weights * (1 + probe_mean[..., None] - probe_scores)) @ values
-    else:
-        out = (weights * probe_scores) @ values
+    signed = 1 + probe_mean[..., None] - probe_scores if spec.intercept else probe_scores
+    out = (weights * signed) @ values
     return ReferenceOutput(out.to(query.dtype), lse, probe_mean, value_mean.to(query.dtype), iterations, residual)
 
 
@@ -150,6 +148,10 @@ def _system(queries: Tensor, keys: Tensor, weights: Tensor, lam: Tensor, interce
     return matrix + lam[..., None, None] * identity, right
 
 
+def _steps(spec: AttentionSpec) -> int:
+    return spec.probe.steps  # type: ignore[union-attr]
+
+
 def _gradient_steps(matrix: Tensor, right: Tensor, lam: Tensor, spec: AttentionSpec) -> Tensor:
     """``steps`` of ``rho <- rho - eta (M rho - b)`` from zero; ``eta`` defaults to ``1 / (lam + trace C)``."""
     step = spec.probe.step_size  # type: ignore[union-attr]
@@ -159,6 +161,6 @@ def _gradient_steps(matrix: Tensor, right: Tensor, lam: Tensor, spec: AttentionS
     else:
         eta = torch.full_like(lam, step)
     rho = torch.zeros_like(right)
-    for _ in range(spec.probe.steps):  # type: ignore[union-attr]
+    for _ in range(_steps(spec)):
         rho = rho - eta[..., None] * ((matrix @ rho[..., None])[..., 0] - right)
     return rho

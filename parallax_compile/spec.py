@@ -233,7 +233,7 @@ class AttentionSpec:
 
 
 def _from_kind(field: str, data: Mapping[str, Any], kinds: Mapping[str, type]) -> Any:
-    kind = data.get("kind")
+    kind = str(data.get("kind"))
     if kind not in kinds:
         raise ValueError(f"{field} must be of kind {', '.join(kinds)}, but got {kind!r}.")
     return kinds[kind](**{name: value for name, value in data.items() if name != "kind"})

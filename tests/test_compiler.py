@@ -91,7 +91,7 @@ def test_backend_by_name_with_options() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(InputTypeError, match="nn.Module classes"):
+    with pytest.raises(InputTypeError, match="Module classes"):
         plx.parallax_compile(dict)
     with pytest.raises(InputTypeError, match="got int"):
         plx.parallax_compile(3)

@@ -7,11 +7,11 @@ import re
 import pytest
 import torch
 from expecttest import assert_expected_inline
-
-import parallax_compile as plx
 from parallax_compile.lowering.candidates import Candidate, candidates, shared_memory
 from parallax_compile.lowering.plan import Problem, make_plan
 from parallax_compile.lowering.targets import TARGETS
+
+import parallax_compile as plx
 
 
 def problem(**changes: object) -> Problem:
@@ -85,7 +85,7 @@ mask: 56.2% of the blocks visited
 target: sm_90 (NVIDIA H100 80GB HBM3)
 
 stage  direction  algorithm  GFLOP  MB  FLOP/byte  floor  bound by
-  
+
 core_forward  forward  streaming  1.208  3.18  380  1.2 us  arithmetic
 row_terms  backward  pointwise  0.000  1.61  0  0.5 us  memory bandwidth
 core_backward_query  backward  streaming  1.510  3.74  404  1.5 us  arithmetic

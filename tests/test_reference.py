@@ -102,7 +102,9 @@ def test_translating_the_values_translates_the_output(name: str) -> None:
 def test_permuting_pairs_changes_nothing(name: str) -> None:
     q, k, v, r = operands()
     order = torch.randperm(11)
-    assert relative_error(run(MEMBERS[name], q, k[:, :, order], v[:, :, order], r), run(MEMBERS[name], q, k, v, r)) < 1e-10
+    assert (
+        relative_error(run(MEMBERS[name], q, k[:, :, order], v[:, :, order], r), run(MEMBERS[name], q, k, v, r)) < 1e-10
+    )
 
 
 @pytest.mark.parametrize("name", [n for n, s in MEMBERS.items() if s.probe.kind == "solved"])
@@ -132,7 +134,7 @@ def test_rows_without_a_key_are_zero_and_nothing_behind_the_mask_is_read(name: s
     assert result.lse[:, :, :3].isneginf().all()
     assert not result.probe_mean[:, :, :3].any()
     assert result.out.isfinite().all()
-    used = [t for t in ((q, k, v, r) if spec.probe.kind == "learned" else (q, k, v))]
+    used = list((q, k, v, r) if spec.probe.kind == "learned" else (q, k, v))
     grads = torch.autograd.grad(result.out.sum() + result.probe_mean.sum(), used, allow_unused=True)
     for grad in grads:
         assert grad is None or grad.isfinite().all()

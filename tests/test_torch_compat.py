@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from parallax_compile.lowering import cache_key, torch_compat
 
 
