@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..errors import InputError
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -113,7 +115,7 @@ def candidates(
         options: the user's ``kernel_options``; a more specific prefix wins over a less specific one.
 
     Raises:
-        ValueError: the user's options exceed the target's shared memory or do not divide the mask's blocks.
+        InputError: the user's options exceed the target's shared memory or do not divide the mask's blocks.
     """
     widest = max(padded(width), padded(value_width))
     row = next(limit for limit in (64, 128, 256) if widest <= limit)
@@ -139,7 +141,7 @@ def candidates(
     # The last of each row is the smallest; with fewer stages it is the least that can be asked for.
     smallest = replace(found[-1], num_stages=forced.get("num_stages", 1))
     if forced and not fits(smallest):
-        raise ValueError(
+        raise InputError(
             f"kernel_options need more shared memory for {stage} than the {shared_memory_limit} bytes of the target: "
             f"{smallest}. Make BLOCK_M, BLOCK_N or num_stages smaller."
         )
@@ -158,7 +160,7 @@ def _forced(stage: str, options: Mapping[str, Any]) -> dict[str, int]:
 def _check_forced(stage: str, candidate: Candidate, q_block: int | None, kv_block: int | None) -> None:
     for name, tile, block in (("BLOCK_M", candidate.block_m, q_block), ("BLOCK_N", candidate.block_n, kv_block)):
         if block is not None and block % tile:
-            raise ValueError(
+            raise InputError(
                 f"kernel_options[{name}] = {tile} must divide the block mask's block size {block} ({stage}). "
                 "Make it smaller, or the mask's blocks larger."
             )

@@ -22,7 +22,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from ..errors import InputError, InputTypeError, ParallaxError, UnsupportedError
-from . import torch_compat_codegen_part as compat
+from . import torch_compat_codegen as compat
 from .targets import Target, resolve
 
 __all__ = [

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .dense import in_layout_of
 from .mod_graphs import differentiated_buffers, is_always_true, is_identity
 from .torch_compat import inline_in_lowering, traced_while_loop, vectorize_mod
 
@@ -245,10 +246,14 @@ def forward(
     if save_value_mean:
         carried.append(_padded_rows(query, count, width, dtype=query.dtype))
     operands: list[Any] = [query, key.to(dtype), value.to(dtype), *([probe] if has_probe else []), *mods.flat()]
-    out, lse, mean, *value_mean = (
-        tensor[:, :, : query.size(2)] for tensor in _over_rows(count, query, chunk, carried, operands)
+    out, lse, mean, *value_mean = _over_rows(count, query, chunk, carried, operands)
+    rows = query.size(2)
+    return (
+        in_layout_of(query, out[:, :, :rows]),
+        in_layout_of(query, value_mean[0][:, :, :rows]) if value_mean else query.new_empty(0),
+        lse[:, :, :rows].contiguous(),
+        mean[:, :, :rows].contiguous(),
     )
-    return out, value_mean[0] if value_mean else query.new_empty(0), lse, mean
 
 
 def backward(
@@ -358,10 +363,11 @@ def backward(
     operands: list[Any] = [query, key.to(dtype), value.to(dtype), grad_out, lse, probe_mean, tau, beta]
     operands += [*([probe] if has_probe else []), *mods.flat()]
     results = iter(_over_rows(count, query, chunk, carried, operands))
-    dq = next(results)[:, :, : query.size(2)] if need_query else None
-    dr = next(results)[:, :, : query.size(2)] if need_probe else None
-    dk = next(results).to(key.dtype) if need_key else None
-    dv = next(results).to(value.dtype) if need_value else None
+    rows = query.size(2)
+    dq = in_layout_of(query, next(results)[:, :, :rows]) if need_query else None
+    dr = in_layout_of(query, next(results)[:, :, :rows]) if need_probe else None
+    dk = in_layout_of(key, next(results).to(key.dtype)) if need_key else None
+    dv = in_layout_of(value, next(results).to(value.dtype)) if need_value else None
     captured_grads = tuple(
         tuple(next(results).to(buffer.dtype) if want else None for buffer, want in zip(captured, flags, strict=True))
         for captured, flags in zip(buffers[:2], wanted, strict=True)

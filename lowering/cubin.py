@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import UnsupportedError
-from . import torch_compat_codegen_part as compat
+from . import torch_compat_codegen as compat
 from .codegen import LOCK, GeneratedKernel, require_triton
 from .targets import Target, resolve
 

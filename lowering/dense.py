@@ -106,7 +106,7 @@ def forward(
         signed = weights * (1 + probe_mean[..., None] - s2) if intercept else weights * s2
     out = (signed @ values).to(query.dtype)
     value_mean = (weights @ values).to(query.dtype) if save_value_mean else query.new_empty(0)
-    return _as_fake(out, query), _as_fake(value_mean, query) if save_value_mean else value_mean, lse, probe_mean
+    return in_layout_of(query, out), in_layout_of(query, value_mean) if save_value_mean else value_mean, lse, probe_mean
 
 
 def backward(
@@ -179,14 +179,14 @@ def backward(
         dk = dk + draw2.mT @ probe.to(dtype)
     full = (draw1 @ keys, per_key_head(dk), per_key_head(signed.mT @ grad), draw2 @ keys)
     grads = tuple(
-        _as_fake(g.to(like.dtype), like) if needed and like is not None else None
+        in_layout_of(like, g.to(like.dtype)) if needed and like is not None else None
         for g, like, needed in zip(full, (query, key, value, probe), needs_grad, strict=True)
     )
     return grads[0], grads[1], grads[2], grads[3], score_grads, covariance_grads
 
 
-def _as_fake(result: Tensor, like: Tensor) -> Tensor:
-    """``result`` in the memory layout that the operator's fake promises: that of ``like``."""
+def in_layout_of(like: Tensor, result: Tensor) -> Tensor:
+    """``result`` in the memory layout that the operator's fake promises: heads inside the length where ``like`` has them so."""
     if like.stride(1) < like.stride(2):
         return result.transpose(1, 2).contiguous().transpose(1, 2)
     return result.contiguous()

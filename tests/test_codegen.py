@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from parallax_compile.lowering import codegen, cubin
-from parallax_compile.lowering import torch_compat_codegen_part as compat
+from parallax_compile.lowering import torch_compat_codegen as compat
 from parallax_compile.lowering.targets import DEFAULT, TARGETS, Target, resolve
 from torch import Tensor
 

@@ -16,7 +16,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.utils._pytree as pytree
-from parallax_compile.lowering import torch_compat_codegen_part as compat
+from parallax_compile.lowering import torch_compat_codegen as compat
 from parallax_compile.lowering.codegen import LOCK, GeneratedCode, GeneratedGraph, Recorder, fresh
 from parallax_compile.lowering.targets import Target, resolve
 from torch import Tensor, fx
