@@ -1,6 +1,6 @@
 """The main job, on real input: declare, explain, train, check, and look at the kernels. `make demo` runs it.
 
-    python examples/demo.py [--out demo_out] [--steps 120] [--device auto] [--seed 0] [--quick]
+    python examples/demo.py [--out demo_out] [--steps 50] [--device auto] [--seed 0] [--quick]
 
 1. declares two variants and explains their plans;
 2. checks the compiled calls, outputs and gradients, against the float64 reference;
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import parallax_compile as plx
 
-CONTEXT = 256
+CONTEXT = 128
 BATCH = 8
 
 
@@ -238,7 +238,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="where everything is written")
-    parser.add_argument("--steps", type=int, default=120, help="training steps of each member")
+    parser.add_argument("--steps", type=int, default=50, help="training steps of each member")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--width", type=int, default=128)

@@ -45,8 +45,8 @@ _TABLE: dict[tuple[str, bool, int], tuple[tuple[int, int, int, int], ...]] = {
     ("core_backward_query", False, 256): ((16, 16, 8, 1), (16, 16, 4, 1)),
     ("core_backward_key", True, 64): ((64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 3), (64, 128, 8, 2)),
     ("core_backward_key", True, 128): (
-        (32, 64, 4, 3),
         (32, 64, 4, 2),
+        (32, 64, 4, 3),
         (32, 128, 8, 2),
         (64, 128, 8, 3),
         (32, 32, 4, 2),
