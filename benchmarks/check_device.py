@@ -1,6 +1,6 @@
-"""Correctness of the compiled kernels on this machine's GPU, then a first timing beside softmax attention.
+"""Correctness of the compiled kernels on this machine's GPU.
 
-    python benchmarks/check_device.py [--json results.json] [--quick] [--no-timing]
+    python benchmarks/check_device.py [--json results.json] [--quick] [--workers N]
 
 Each case compiles one call, forward and backward, checks output and gradients against the float64 reference and against
 a budget from an independent low-precision computation, runs the same inputs twice and compares the bits, and makes sure
@@ -10,11 +10,10 @@ that the generated kernels ran. Exits with 1 when a case fails.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
-import datetime
 import json
-import math
-import subprocess
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from tabulate import tabulate
+from record import environment
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -230,144 +228,63 @@ def check(case: Case) -> Result:
     return Result(case, errors, budgets, repeatable, len(launched), time.perf_counter() - start)
 
 
-# --- timing ---------------------------------------------------------------------------------------------------------
-
-
-def timing() -> list[dict[str, Any]]:
-    """Medians of one run: ours beside cuDNN softmax and compiled flex_attention, same inputs, TFLOP/s by least products."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-    from triton.testing import do_bench
-
-    rows = []
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    peak = 2 * 8192**3 / do_bench(lambda: a @ b, return_mode="median") / 1e9
-    for batch, heads, kv_heads, length, width in ((4, 16, 16, 4096, 128), (8, 16, 16, 2048, 64), (2, 32, 8, 8192, 128)):
-
-        def operand(count: int) -> Tensor:
-            return torch.randn(batch, count, length, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-
-        q, r, g = operand(heads), operand(heads), operand(heads).detach()
-        k, v = operand(kv_heads), operand(kv_heads)
-        gqa = heads != kv_heads
-        ours_mask = plx.masks.block_mask(plx.masks.causal(), None, None, length, length, "cuda")
-        flex_mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device="cuda")
-        torch._dynamo.reset()
-        parallax = torch.compile(lambda q, k, v, r: plx.attention(q, k, v, r, block_mask=ours_mask, enable_gqa=gqa))
-        softmax = torch.compile(lambda q, k, v: plx.attention(q, k, v, block_mask=ours_mask, enable_gqa=gqa))
-        flex = torch.compile(lambda q, k, v: flex_attention(q, k, v, block_mask=flex_mask, enable_gqa=gqa))
-
-        def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
-
-        contenders = {
-            "parallax (ours)": (parallax, (q, k, v, r), 4, 12),
-            "softmax (ours)": (softmax, (q, k, v), 2, 7),
-            "softmax flex_attention": (flex, (q, k, v), 2, 7),
-            "softmax cuDNN": (cudnn, (q, k, v), 2, 7),
-        }
-        unit = batch * heads * length**2 * width / 1e9  # one product of two, halved for causal
-        for name, (function, inputs, forward_products, all_products) in contenders.items():
-            try:
-                with torch.no_grad():
-                    forward = do_bench(lambda: function(*inputs), return_mode="median")
-                leaf_inputs = inputs
-
-                def step() -> None:
-                    torch.autograd.grad(function(*leaf_inputs), leaf_inputs, g)
-
-                both = do_bench(step, return_mode="median")
-            except Exception as error:  # a contender that cannot run is a result, not a failure
-                rows.append({"shape": [batch, heads, kv_heads, length, width], "name": name, "error": str(error)[:200]})
-                continue
-            rows.append({
-                "shape": [batch, heads, kv_heads, length, width],
-                "name": name,
-                "forward_ms": forward,
-                "forward_tflops": forward_products * unit / forward,
-                "both_ms": both,
-                "both_tflops": all_products * unit / both,
-                "matmul_tflops": peak,
-            })  # fmt: skip
-    return rows
-
-
 # --- main -----------------------------------------------------------------------------------------------------------
 
 
-def environment() -> dict[str, Any]:
-    """Device, versions, commit, date."""
-    import triton
-
+def _checked(quick: bool, index: int) -> tuple[Any, ...]:
+    """What a case of the matrix gave, without the case itself, whose mods do not travel between processes."""
+    torch.backends.cuda.matmul.allow_tf32 = False
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    return {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
-        "python": sys.version.split()[0],
-        "parallax_compile": plx.__version__,
-        "commit": commit,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
+        result = check(cases(quick)[index])
+    except Exception as error:
+        return {}, {}, False, 0, 0.0, f"{type(error).__name__}: {str(error)[:300]}"
+    return result.errors, result.budgets, result.repeatable, result.kernels, result.seconds, result.failure
+
+
+def _print(result: Result) -> None:
+    worst = " ".join(f"{name} {result.errors[name]:.1e}/{result.budgets[name]:.1e}" for name in result.errors)
+    print(
+        f"{'ok  ' if result.passed else 'FAIL'} {result.case.dtype} {result.case.name}: {worst} "
+        f"{'same bits' if result.repeatable else 'bits differ'} kernels {result.kernels} "
+        f"{result.seconds:.1f}s {result.failure}",
+        flush=True,
+    )
 
 
 def main() -> int:
-    """Run the matrix and the timing; print tables; write JSON."""
+    """Run the matrix; print a line for each case; write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write every number here")
     parser.add_argument("--quick", action="store_true", help="only the first cases")
-    parser.add_argument("--no-timing", action="store_true", help="correctness only")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="stop starting cases after this long")
+    parser.add_argument(
+        "--workers", type=int, default=1, help="processes that share the GPU; compiling is most of the work"
+    )
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print(
             "check_device needs a CUDA GPU; on a machine without one, `make test` runs the kernels in the interpreter."
         )
         return 2
-    torch.backends.cuda.matmul.allow_tf32 = False
-    print(environment())
-    results, start = [], time.perf_counter()
-    for case in cases(arguments.quick):
-        if time.perf_counter() - start > arguments.seconds:
-            print(f"out of time before {case.dtype} {case.name}")
-            break
-        try:
-            result = check(case)
-        except Exception as error:
-            result = Result(case, {}, {}, False, 0, 0.0, f"{type(error).__name__}: {str(error)[:300]}")
-        results.append(result)
-        worst = " ".join(f"{name} {result.errors[name]:.1e}/{result.budgets[name]:.1e}" for name in result.errors)
-        status = "ok  " if result.passed else "FAIL"
-        print(
-            f"{status} {case.dtype} {case.name}: {worst} "
-            f"{'same bits' if result.repeatable else 'bits differ'} kernels {result.kernels} "
-            f"{result.seconds:.1f}s {result.failure}",
-            flush=True,
-        )
-    timings = [] if arguments.no_timing else timing()
+    print(environment("cuda"))
+    results = []
+    matrix = cases(arguments.quick)
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(arguments.workers, mp_context=spawn) as pool:
+        outcomes = pool.map(_checked, [arguments.quick] * len(matrix), range(len(matrix)))
+        for case, outcome in zip(matrix, outcomes, strict=True):
+            results.append(Result(case, *outcome))
+            _print(results[-1])
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         record = {
-            "environment": environment(),
+            "environment": environment("cuda"),
             "cases": [
                 {"name": r.case.name, "dtype": r.case.dtype, "passed": r.passed, "errors": r.errors,
                  "budgets": r.budgets, "repeatable": r.repeatable, "kernels": r.kernels, "failure": r.failure}
                 for r in results
             ],
-            "timing": timings,
         }  # fmt: skip
         arguments.json.write_text(json.dumps(record, indent=1))
-    for row in timings:
-        row["shape"] = "x".join(map(str, row["shape"]))
-    if timings:
-        print(tabulate(timings, headers="keys", floatfmt=".3f"))
     failed = [result for result in results if not result.passed]
     print(f"{len(results) - len(failed)} passed, {len(failed)} failed")
     return bool(failed)

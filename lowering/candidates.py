@@ -15,46 +15,130 @@ from ..errors import InputError
 
 @dataclass(frozen=True)
 class Candidate:
-    """Tile sizes and launch parameters of one kernel."""
+    """Tile sizes and launch parameters of one kernel.
+
+    Attributes:
+        tma: whether loops read their tiles through tensor descriptors by the copy engine (Hopper and later), not by pointers.
+        held: how many of the tiles that stay (query, probe; query, gradient, probe; key, value) are kept in registers.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    tma: bool = False
+    held: int = 0
 
 
-# (stage, is the dtype 16-bit, padded width up to) -> candidates, best first. Widths are rounded up to a power of two.
-_TABLE: dict[tuple[str, bool, int], tuple[tuple[int, int, int, int], ...]] = {
-    ("core_forward", True, 64): ((64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 3), (64, 32, 4, 3)),
-    ("core_forward", True, 128): ((128, 64, 8, 3), (64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 4, 3), (32, 32, 4, 2)),
+_Row = tuple[tuple[int, ...], ...]
+_TMA, _POINTERS = True, False
+
+# (stage, is the dtype 16-bit, padded width up to) -> candidates, best first: BLOCK_M, BLOCK_N, warps, stages, tma, held.
+# Widths are rounded up to a power of two. The 16-bit rows up to 128 are what a search on an H100 found (benchmarks/search.py,
+# benchmarks/NOTES.md).
+_TABLE: dict[tuple[str, bool, int], _Row] = {
+    ("core_forward", True, 64): (
+        (64, 64, 4, 3),
+        (64, 128, 4, 2),
+        (64, 64, 4, 3, _TMA, 2),
+        (128, 64, 8, 3),
+        (64, 32, 4, 3),
+    ),
+    ("core_forward", True, 128): (
+        (64, 64, 4, 2, _TMA),
+        (128, 64, 8, 3),
+        (128, 64, 8, 3, _TMA),
+        (64, 64, 4, 2),
+        (64, 32, 4, 3),
+        (32, 32, 4, 2),
+    ),
     ("core_forward", True, 256): ((64, 32, 8, 2), (64, 64, 8, 2), (32, 32, 4, 2), (16, 32, 4, 1)),
     ("core_forward", False, 64): ((32, 32, 4, 2), (64, 32, 4, 2), (32, 16, 4, 2)),
     ("core_forward", False, 128): ((32, 16, 4, 2), (32, 32, 8, 2), (16, 16, 4, 1)),
     ("core_forward", False, 256): ((16, 16, 4, 1), (16, 16, 8, 1)),
-    ("core_backward_query", True, 64): ((64, 32, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 8, 2)),
-    ("core_backward_query", True, 128): (
+    ("core_backward_query", True, 64): (
+        (64, 64, 4, 3),
         (64, 32, 4, 3),
+        (64, 64, 4, 2),
+        (64, 64, 4, 3, _TMA, 3),
         (128, 64, 8, 2),
-        (64, 32, 4, 2),
-        (128, 32, 8, 2),
+    ),
+    ("core_backward_query", True, 128): (
+        (64, 32, 4, 3, _TMA, 1),
+        (64, 32, 4, 2, _POINTERS, 1),
+        (64, 32, 4, 3),
+        (64, 64, 4, 2, _TMA),
+        (128, 64, 8, 2),
         (32, 32, 4, 2),
     ),
     ("core_backward_query", True, 256): ((32, 32, 8, 1), (64, 32, 8, 1), (16, 32, 4, 1), (16, 16, 4, 1)),
     ("core_backward_query", False, 64): ((32, 32, 4, 2), (32, 16, 4, 2), (16, 16, 4, 1)),
     ("core_backward_query", False, 128): ((16, 16, 4, 1), (32, 16, 8, 1), (32, 16, 4, 1)),
     ("core_backward_query", False, 256): ((16, 16, 8, 1), (16, 16, 4, 1)),
-    ("core_backward_key", True, 64): ((64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 3), (64, 128, 8, 2)),
+    ("core_backward_key", True, 64): (
+        (64, 64, 4, 3),
+        (32, 64, 4, 3, _POINTERS, 2),
+        (64, 64, 4, 2, _POINTERS, 1),
+        (64, 64, 4, 2),
+        (64, 128, 8, 2),
+    ),
     ("core_backward_key", True, 128): (
+        (32, 64, 4, 3, _TMA, 1),
+        (32, 64, 4, 2, _POINTERS, 1),
+        (32, 64, 4, 2, _TMA, 1),
         (32, 64, 4, 2),
-        (32, 64, 4, 3),
         (32, 128, 8, 2),
-        (64, 128, 8, 3),
         (32, 32, 4, 2),
     ),
     ("core_backward_key", True, 256): ((32, 32, 8, 1), (32, 64, 8, 1), (16, 32, 4, 1), (16, 16, 4, 1)),
     ("core_backward_key", False, 64): ((32, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 1)),
     ("core_backward_key", False, 128): ((16, 16, 4, 1), (16, 32, 8, 1), (16, 32, 4, 1)),
     ("core_backward_key", False, 256): ((16, 16, 8, 1), (16, 16, 4, 1)),
+}
+# Without a probe a stage holds half of the accumulators and tiles, so that other tiles are best.
+_TABLE_WITHOUT_PROBE: dict[tuple[str, bool, int], _Row] = {
+    ("core_forward", True, 64): (
+        (64, 128, 4, 2),
+        (64, 64, 4, 3),
+        (64, 128, 4, 2, _TMA),
+        (128, 64, 8, 3),
+        (64, 32, 4, 3),
+    ),
+    ("core_forward", True, 128): (
+        (64, 64, 4, 3, _TMA),
+        (128, 128, 8, 2, _TMA),
+        (128, 64, 8, 3),
+        (64, 64, 4, 3),
+        (64, 32, 4, 3),
+    ),
+    ("core_backward_query", True, 64): (
+        (64, 64, 4, 3),
+        (64, 64, 4, 3, _TMA, 2),
+        (64, 64, 4, 2),
+        (128, 64, 8, 2),
+        (64, 32, 4, 3),
+    ),
+    ("core_backward_query", True, 128): (
+        (128, 64, 8, 3),
+        (128, 64, 8, 3, _TMA),
+        (64, 64, 4, 2, _TMA),
+        (64, 64, 4, 2),
+        (64, 32, 4, 3),
+    ),
+    ("core_backward_key", True, 64): (
+        (64, 64, 4, 3),
+        (64, 64, 4, 2),
+        (64, 64, 4, 3, _TMA, 2),
+        (64, 128, 8, 3),
+        (32, 64, 4, 3),
+    ),
+    ("core_backward_key", True, 128): (
+        (64, 64, 4, 2, _TMA),
+        (64, 64, 4, 2),
+        (32, 64, 4, 3, _POINTERS, 1),
+        (64, 128, 8, 3),
+        (32, 64, 4, 3),
+    ),
 }
 
 _OPTION_PREFIXES = {
@@ -67,6 +151,8 @@ _OPTION_FIELDS = {
     "BLOCK_N": "block_n",
     "num_warps": "num_warps",
     "num_stages": "num_stages",
+    "USE_TMA": "tma",
+    "HELD_TILES": "held",
 }
 
 
@@ -97,6 +183,7 @@ def candidates(
     itemsize: int,
     has_probe: bool,
     shared_memory_limit: int,
+    tma: bool = False,
     q_block: int | None = None,
     kv_block: int | None = None,
     options: Mapping[str, Any] | None = None,
@@ -109,18 +196,30 @@ def candidates(
         itemsize: bytes of an element of the inputs.
         has_probe: whether a probe tile is held too.
         shared_memory_limit: bytes that one block may use on the target.
+        tma: whether the target has tensor descriptors and the tensors are laid out as they need it.
         q_block, kv_block: sizes of the block mask's blocks, which tiles must divide; None without one.
         options: the user's ``kernel_options``; a more specific prefix wins over a less specific one.
 
     Raises:
-        InputError: the user's options exceed the target's shared memory or do not divide the mask's blocks.
+        InputError: the user's options exceed the target's shared memory, do not divide the mask's blocks, or ask for
+            tensor descriptors where there can be none.
     """
     widest = max(padded(width), padded(value_width))
     row = next(limit for limit in (64, 128, 256) if widest <= limit)
     forced = _forced(stage, options or {})
+    if forced.get("tma") and not tma:
+        raise InputError(
+            f"kernel_options[USE_TMA] of {stage} needs a GPU of capability 9.0 or more, and query, key, value, probe and "
+            "the gradient of out with contiguous rows at multiples of 16 bytes. Leave it out, or copy with .contiguous()."
+        )
+    key = (stage, itemsize == 2, row)
+    rows = (_TABLE_WITHOUT_PROBE.get(key) if not has_probe else None) or _TABLE[key]
     found: list[Candidate] = []
-    for values in _TABLE[stage, itemsize == 2, row]:
-        candidate = replace(Candidate(*values), **forced)
+    for values in rows:
+        candidate = Candidate(*values)
+        if candidate.tma and not tma and "tma" not in forced:
+            continue
+        candidate = replace(candidate, **forced)
         if "block_m" not in forced and q_block is not None:
             candidate = replace(candidate, block_m=min(candidate.block_m, q_block & -q_block))
         if "block_n" not in forced and kv_block is not None:
@@ -146,8 +245,8 @@ def candidates(
     return [smallest]
 
 
-def _forced(stage: str, options: Mapping[str, Any]) -> dict[str, int]:
-    forced: dict[str, int] = {}
+def _forced(stage: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    forced: dict[str, Any] = {}
     for prefix in _OPTION_PREFIXES[stage]:
         for name, attribute in _OPTION_FIELDS.items():
             if prefix + name in options:

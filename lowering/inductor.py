@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from .. import templates
-from . import cpu
+from . import cpu, elementwise  # noqa: F401  (elementwise registers its lowerings)
 from .candidates import candidates, padded
 from .mod_graphs import is_always_true, is_identity
 from .operator import BlockMaskOperands, attention_backward, attention_forward
@@ -219,6 +220,29 @@ def _shared_memory_limit(device: torch.device) -> int:
     return getattr(properties, "shared_memory_per_block_optin", 101376)
 
 
+def _tma_possible(device: torch.device, tensors: Sequence[Any]) -> bool:
+    """Whether the target has tensor descriptors and each of ``tensors`` can be read through them.
+
+    That takes contiguous rows, and the base and every other stride at multiples of 16 bytes.
+    """
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return False
+    graph = inductor.V.graph
+    multiple = graph.sizevars.statically_known_multiple_of
+
+    def possible(tensor: Any) -> bool:
+        itemsize = tensor.get_dtype().itemsize
+        *strides, innermost = tensor.get_stride()
+        offsets = [*strides, tensor.get_layout().offset]
+        return (
+            innermost == 1
+            and tensor.get_name() not in graph.unaligned_buffers
+            and all(multiple(offset * itemsize, 16) for offset in offsets)
+        )
+
+    return all(map(possible, tensors))
+
+
 def _instantiate(
     stage: str,
     call: _Call,
@@ -278,6 +302,7 @@ def _instantiate(
         **shape,
         has_probe=problem.has_probe,
         shared_memory_limit=_shared_memory_limit(call.device),
+        tma=_tma_possible(call.device, [inputs[name] for name in ("Q", "K", "V", "R", "GRAD_OUT") if name in inputs]),
         options=call.options,
         **sparse_sizes,
     )
@@ -296,6 +321,8 @@ def _instantiate(
             BLOCK_N=candidate.block_n,
             num_warps=candidate.num_warps,
             num_stages=candidate.num_stages,
+            USE_TMA=candidate.tma,
+            HELD_TILES=candidate.held,
             EVEN_M=even(problem.q_length, candidate.block_m, blocks.q_block),
             EVEN_N=even(problem.kv_length, candidate.block_n, blocks.kv_block),
             **common,
@@ -363,8 +390,24 @@ def _core_forward(call: _Call, plan: Plan, layouts: list[Any]) -> tuple[Any, Any
 def _backward_inputs(call: _Call, statistics: dict[str, Any], problem: Problem) -> dict[str, Any]:
     inputs = {"Q": call.query, "K": call.key, "V": call.value}
     if problem.has_probe:
-        inputs |= {"R": call.probe, "PROBE_MEAN": statistics["probe_mean"], "BETA": statistics["beta"]}
-    return inputs | {"GRAD_OUT": statistics["grad_out"], "LSE": statistics["lse"], "TAU": statistics["tau"]}
+        inputs |= {"R": call.probe, "BETA": statistics["beta"]}
+        if problem.intercept:
+            inputs |= {"LEVEL": statistics["level"]}
+    return inputs | {name.upper(): statistics[name] for name in ("grad_out", "lse2", "offset")}
+
+
+def _kernel_row_terms(call: _Call, statistics: dict[str, Any]) -> dict[str, Any]:
+    """The row terms in the form in which the kernels use them once for each score, so that they do nothing else with them.
+
+    ``lse2``: the LSE in base 2, inf for a row without a key, whose weights are then 0; ``offset``: ``beta - tau`` with an
+    intercept, else ``-tau``; ``level``: ``1 + t``. Inductor fuses them into the row sums that come before.
+    """
+    aten, do = torch.ops.aten, inductor.lowerings
+    lse, tau, beta, probe_mean = (statistics[name] for name in ("lse", "tau", "beta", "probe_mean"))
+    terms = {"lse2": do[aten.where](do[aten.eq](lse, -math.inf), math.inf, do[aten.mul](lse, LOG2E))}
+    if call.probe is not None and call.intercept:
+        return terms | {"offset": do[aten.sub](beta, tau), "level": do[aten.add](probe_mean, 1.0)}
+    return terms | {"offset": do[aten.neg](tau)}
 
 
 def _backward_subgraphs(call: _Call) -> list[Any]:
@@ -479,6 +522,7 @@ def _lower_backward(*arguments: Any) -> Any:
         else inductor.ir.ExternKernel.require_contiguous(inductor.to_dtype(node, torch.float32))
         for name, node in named.items()
     }
+    named |= _kernel_row_terms(call, named)
     named = dict(zip(named, _realized(list(named.values())), strict=True))
     layouts = _layouts()
     grads = dict.fromkeys(("query", "key", "value", "probe"))

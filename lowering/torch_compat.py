@@ -78,7 +78,10 @@ FENCED: dict[str, tuple[str, ...]] = {
         "fn_name",
     ),
     "torch._dynamo.variables.higher_order_ops:FlexAttentionHigherOrderVariable.normalize_to_args": ("args", "kwargs"),
+    "torch._dynamo.variables.constant:ConstantVariable.create": ("value",),
+    "torch._dynamo.variables.dicts:ConstDictVariable": ("items",),
     "torch._dynamo.variables.lists:TupleVariable": ("items",),
+    "torch._dynamo.variables.tensor:SymNodeVariable.evaluate_expr": ("output_graph",),
     "torch._dynamo.variables.builder:wrap_fx_proxy": ("tx", "proxy", "example_value"),
     "torch._dynamo.utils:proxy_args_kwargs": ("args", "kwargs"),
     "torch._higher_order_ops.flex_attention:create_fw_bw_graph": ("score_mod", "index_values", "other_buffers"),
@@ -113,6 +116,7 @@ FENCED: dict[str, tuple[str, ...]] = {
     "torch._inductor.kernel.flex.flex_attention:validate_joint_graph": ("joint_graph",),
     "torch._inductor.lowering:empty_strided": ("size", "stride", "dtype", "device"),
     "torch._inductor.lowering:lowerings": (),
+    "torch._inductor.lowering:make_pointwise": ("fn",),
     "torch._inductor.lowering:register_lowering": ("aten_fn", "type_promotion_kind"),
     "torch._inductor.lowering:to_dtype": ("x", "dtype"),
     "torch._inductor.select_algorithm:SymbolicGridFn": ("fn",),
@@ -126,6 +130,7 @@ FENCED: dict[str, tuple[str, ...]] = {
         "input_gen_fns",
     ),
     "torch._inductor.virtualized:V": (),
+    "torch._inductor.virtualized:ops": (),
 }
 
 
@@ -206,7 +211,10 @@ def register_dynamo_operator(
     from torch._dynamo.utils import proxy_args_kwargs
     from torch._dynamo.variables import higher_order_ops
     from torch._dynamo.variables.builder import wrap_fx_proxy
+    from torch._dynamo.variables.constant import ConstantVariable
+    from torch._dynamo.variables.dicts import ConstDictVariable
     from torch._dynamo.variables.lists import TupleVariable
+    from torch._dynamo.variables.tensor import SymNodeVariable
 
     def _check_result(graph: torch.fx.GraphModule, position: int) -> None:
         (result,) = list(graph.graph.nodes)[-1].args
@@ -216,6 +224,16 @@ def register_dynamo_operator(
         problem = result_problem(value, is_mask=mods[position] == "mask_fn")
         if problem is not None:
             raise _traced_error(InputTypeError, exc)(f"{names[position]} {problem}")
+
+    def _specialized(argument: Any, tx: Any) -> Any:
+        # Dynamo makes a number that changed between calls a symbol. Scale, switches and kernel options are constants of the
+        # kernels: another value is another kernel.
+        if isinstance(argument, SymNodeVariable):
+            return ConstantVariable.create(argument.evaluate_expr(tx.output))
+        if isinstance(argument, ConstDictVariable):
+            items = {key: _specialized(item, tx) for key, item in argument.items.items()}
+            return argument.clone(items=items)
+        return argument
 
     class ParallaxOperatorVariable(higher_order_ops.FlexAttentionHigherOrderVariable):
         _HOP_NAME = op.__name__
@@ -231,7 +249,7 @@ def register_dynamo_operator(
                 score_like = query.call_method(tx, "float", [], {})
             nodes: dict[int, Any] = {}
             lifted: list[Any] = []
-            plain = list(arguments)
+            plain = [_specialized(argument, tx) for argument in arguments]
             for position, name in mods.items():
                 mod = arguments[position]
                 if name == "mask_fn":
@@ -268,6 +286,7 @@ class _Inductor:
         "config": "torch._inductor.config",
         "lowerings": "torch._inductor.lowering:lowerings",
         "register_lowering": "torch._inductor.lowering:register_lowering",
+        "make_pointwise": "torch._inductor.lowering:make_pointwise",
         "empty_strided": "torch._inductor.lowering:empty_strided",
         "to_dtype": "torch._inductor.lowering:to_dtype",
         "SymbolicGridFn": "torch._inductor.select_algorithm:SymbolicGridFn",
@@ -281,6 +300,7 @@ class _Inductor:
         "process_joint_outputs": "torch._inductor.kernel.flex.flex_attention:process_joint_outputs",
         "validate_joint_graph": "torch._inductor.kernel.flex.flex_attention:validate_joint_graph",
         "V": "torch._inductor.virtualized:V",
+        "ops": "torch._inductor.virtualized:ops",
     }
 
     def __getattr__(self, name: str) -> Any:

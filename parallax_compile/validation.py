@@ -21,7 +21,7 @@ from .spec import AttentionSpec
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 MAX_WIDTH = 256
 _SCORE_ARGUMENTS = ("score", "b", "h", "q_idx", "kv_idx")
-KERNEL_OPTIONS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+KERNEL_OPTIONS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "USE_TMA", "HELD_TILES")
 KERNEL_OPTION_PREFIXES = ("", "fwd_", "bwd_", "bwd_query_", "bwd_key_")
 
 
@@ -113,7 +113,7 @@ def check_scale(scale: Any, spec: AttentionSpec) -> None:
         return
     if isinstance(scale, Tensor) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
         raise_input(InputTypeError, f"scale must be a number or None, but got {type(scale).__name__}.")
-    if isinstance(scale, float) and not math.isfinite(scale):
+    if isinstance(scale, float) and not -math.inf < scale < math.inf:  # math.isfinite takes no symbolic float
         raise_input(InputError, f"scale must be finite, but got {scale}. None means 1/sqrt(D).")
     if spec.bandwidth.kind == "infinite":
         raise_input(InputError, f"scale must be None at infinite bandwidth, which has no scores to scale; got {scale}.")
@@ -204,7 +204,7 @@ def check_ridge(ridge: Any, spec: AttentionSpec, query: Tensor) -> None:
 
 
 def check_kernel_options(options: Any) -> None:
-    """``kernel_options``: known names (with an optional stage prefix) and positive integer values."""
+    """``kernel_options``: known names (with an optional stage prefix), positive integers, and a bool for ``USE_TMA``."""
     if options is None:
         return
     if not isinstance(options, Mapping):
@@ -221,8 +221,13 @@ def check_kernel_options(options: Any) -> None:
                 f"kernel_options has an unknown name {name}. Known: {', '.join(KERNEL_OPTIONS)}, "
                 "each also with the prefix fwd_, bwd_, bwd_query_ or bwd_key_.",
             )
-        if not isinstance(option, int) or option < 1:
-            raise_input(InputError, f"kernel_options[{name}] must be a positive integer, but got {option}.")
+        if name.endswith("USE_TMA"):
+            if not isinstance(option, bool):
+                raise_input(InputTypeError, f"kernel_options[{name}] must be a bool, but got {option}.")
+            continue
+        least = 0 if name.endswith("HELD_TILES") else 1
+        if not isinstance(option, int) or option < least:
+            raise_input(InputError, f"kernel_options[{name}] must be an integer of at least {least}, but got {option}.")
         if "BLOCK" in name and (option < 16 or option & (option - 1)):
             raise_input(InputError, f"kernel_options[{name}] must be a power of two of at least 16, but got {option}.")
 

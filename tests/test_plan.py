@@ -119,8 +119,13 @@ def test_candidates_divide_the_masks_blocks_and_obey_options() -> None:
         assert 32 % candidate.block_n == 0
     options = {"BLOCK_M": 32, "bwd_BLOCK_M": 64, "bwd_key_num_warps": 8, "num_stages": 1}
     assert candidates("core_forward", **given, options=options)[0] == Candidate(32, 64, 8, 1)
-    assert candidates("core_backward_query", **given, options=options)[0] == Candidate(64, 32, 4, 1)
-    assert candidates("core_backward_key", **given, options=options)[0] == Candidate(64, 64, 8, 1)
+    assert candidates("core_backward_query", **given, options=options)[0] == Candidate(64, 32, 4, 1, held=1)
+    assert candidates("core_backward_key", **given, options=options)[0] == Candidate(64, 64, 8, 1, held=1)
+    assert not any(candidate.tma for candidate in candidates("core_forward", **given))
+    assert candidates("core_forward", **given, tma=True)[0].tma
+    assert not candidates("core_forward", **given, tma=True, options={"USE_TMA": False})[0].tma
+    with pytest.raises(ValueError, match="USE_TMA"):
+        candidates("core_forward", **given, options={"fwd_USE_TMA": True})
     with pytest.raises(ValueError, match="must divide"):
         candidates("core_forward", **given, q_block=32, options={"BLOCK_M": 64})
     with pytest.raises(ValueError, match="shared memory"):

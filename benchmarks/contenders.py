@@ -1,0 +1,173 @@
+"""Who is measured: our members and what others offer, all called through one signature on the same tensors.
+
+Peers that are not installed are reported with the reason and left out; none is vendored. Their wheels, for a machine that
+has torch and triton: ``parallax-kernel==0.1.1`` and ``helion==1.2.0`` (official), ``flash-linear-attention==0.6.0`` with
+``fla-core==0.6.0`` (fla). FlashLLA has no package: put its checkout on ``PYTHONPATH``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import parallax_compile as plx
+
+Call = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem, in the layout ``[B, H, L, D]``.
+
+    Attributes:
+        mask: the library mask, causal or narrower.
+        pairs: allowed (query, key) pairs of one head, of which the work is counted.
+        mods: whether the mods of the issue are on: ALiBi scores, and a tanh cap of the probe score.
+    """
+
+    name: str
+    batch: int
+    q_heads: int
+    kv_heads: int
+    length: int
+    width: int
+    mask: Any = field(default_factory=plx.masks.causal, compare=False)
+    pairs: int = 0
+    mods: bool = False
+    plain_causal: bool = True
+
+    @property
+    def visible(self) -> int:
+        """Allowed pairs of one head, counted as the literature does for a causal mask: half of all."""
+        return self.pairs or self.length**2 // 2
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One implementation.
+
+    Attributes:
+        method: ``softmax`` (2 products forward, 5 backward) or ``parallax`` (4 and 8).
+        build: makes the call for a case; raises where it cannot.
+        module: what must be importable.
+        plain_only: whether it can do plain causal masks alone.
+    """
+
+    name: str
+    method: str
+    build: Callable[[Case, str], Call]
+    module: str | None = None
+    plain_only: bool = True
+
+    def absent(self, case: Case, device: str) -> str | None:
+        """Why this one does not take part in ``case``; None if it does."""
+        if self.module is not None and importlib.util.find_spec(self.module) is None:
+            return f"{self.module} is not installed"
+        if self.plain_only and not case.plain_causal:
+            return "causal masks only"
+        if device == "cpu" and self.name not in ("parallax, ours", "softmax, ours"):
+            return "needs a GPU"
+        return None
+
+
+PRODUCTS = {"softmax": (2, 7), "parallax": (4, 12)}
+"""Matrix products of forward, and of forward and backward, that the method needs at least."""
+
+
+def _ours(spec: plx.AttentionSpec) -> Callable[[Case, str], Call]:
+    def build(case: Case, device: str) -> Call:
+        mask = plx.masks.block_mask(case.mask, None, None, case.length, case.length, device)
+        chosen = spec
+        if case.mods:
+            chosen = chosen.replace(score_mod=plx.mods.alibi(case.q_heads))
+            if spec.probe.kind != "zero":
+                chosen = chosen.replace(covariance_mod=plx.mods.tanh_cap(20.0, approx=True))
+        gqa = case.q_heads != case.kv_heads
+
+        def call(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Tensor:
+            probe = None if chosen.probe.kind == "zero" else r
+            return plx.attention(q, k, v, probe, spec=chosen, block_mask=mask, enable_gqa=gqa)
+
+        return torch.compile(call, fullgraph=True)
+
+    return build
+
+
+def _flex(case: Case, device: str) -> Call:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    score_mod = plx.mods.alibi(case.q_heads) if case.mods else None
+    mask = create_block_mask(case.mask, None, None, case.length, case.length, device=device)
+    gqa = case.q_heads != case.kv_heads
+    return torch.compile(lambda q, k, v, r: flex_attention(q, k, v, score_mod, mask, enable_gqa=gqa), fullgraph=True)
+
+
+def _sdpa(backend: str) -> Callable[[Case, str], Call]:
+    def build(case: Case, device: str) -> Call:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        chosen = getattr(SDPBackend, backend)
+        gqa = case.q_heads != case.kv_heads
+
+        def call(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Tensor:
+            with sdpa_kernel(chosen):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+
+        return call
+
+    return build
+
+
+def _official(module: str) -> Callable[[Case, str], Call]:
+    def build(case: Case, device: str) -> Call:
+        function = importlib.import_module(module).parallax_func
+        return lambda q, k, v, r: function(q, r, k, v)
+
+    return build
+
+
+def _fla(case: Case, device: str) -> Call:
+    from fla.ops.parallax import parallel_parallax
+
+    # Its layout is [B, L, H, D]: transposed views, which its wrapper copies where it has to.
+    return lambda q, k, v, r: parallel_parallax(*(x.transpose(1, 2) for x in (q, r, k, v))).transpose(1, 2)
+
+
+CONTENDERS = (
+    Contender("parallax, ours", "parallax", _ours(plx.PARALLAX), plain_only=False),
+    Contender("softmax, ours", "softmax", _ours(plx.SOFTMAX), plain_only=False),
+    Contender("softmax, flex_attention", "softmax", _flex, plain_only=False),
+    Contender("softmax, cuDNN", "softmax", _sdpa("CUDNN_ATTENTION")),
+    Contender("softmax, FA2", "softmax", _sdpa("FLASH_ATTENTION")),
+    Contender("parallax, official Triton", "parallax", _official("parallax"), "parallax"),
+    Contender("parallax, official Helion", "parallax", _official("parallax.helion"), "helion"),
+    Contender("parallax, fla", "parallax", _fla, "fla"),
+)
+
+
+def cases(device: str) -> dict[str, Case]:
+    """Every case by name."""
+    window, length, count = 1024, 16384, 8
+    document = length // count
+    found = [
+        Case("4k", 4, 16, 16, 4096, 128),
+        Case("16k", 1, 16, 16, 16384, 128),
+        Case("d64", 8, 16, 16, 2048, 64),
+        Case("gqa", 2, 32, 8, 8192, 128),
+        Case("mods", 4, 16, 16, 4096, 128, mods=True, plain_causal=False),
+        Case("window", 1, 16, 16, length, 128, plx.masks.sliding_window(window),
+             window * (window + 1) // 2 + (length - window) * window, plain_causal=False),
+        Case("documents", 1, 16, 16, length, 128, plx.masks.causal(), count * document**2 // 2, plain_causal=False),
+        Case("tiny", 1, 2, 2, 64, 16),
+    ]  # fmt: skip
+    found += [Case(f"length {n}", 16384 // n, 16, 16, n, 128) for n in (512, 1024, 2048, 8192)]
+    named = {case.name: case for case in found}
+    ids = (torch.arange(length) // document).to(device)
+    named["documents"] = Case(**{**vars(named["documents"]), "mask": plx.masks.causal() & plx.masks.document(ids)})
+    return named

@@ -1,0 +1,178 @@
+"""How it is measured: interleaved rounds, the L2 cleared before each run, medians; memory, compile seconds, accuracy."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from contenders import PRODUCTS, Case, Contender
+from torch import Tensor
+
+import parallax_compile as plx
+from parallax_compile import reference
+
+DIRECTIONS = ("forward", "both")
+
+
+@dataclass
+class Timing:
+    """Milliseconds of one contender in one direction."""
+
+    samples: list[float] = field(default_factory=list)
+
+    def summary(self) -> dict[str, float]:
+        """Median and 20% and 80% quantiles."""
+        return {
+            "ms": statistics.median(self.samples),
+            "ms_20": _quantile(self.samples, 0.2),
+            "ms_80": _quantile(self.samples, 0.8),
+        }
+
+
+def _quantile(samples: list[float], share: float) -> float:
+    return sorted(samples)[min(len(samples) - 1, int(share * len(samples)))]
+
+
+class Clock:
+    """Times a call on ``device``: CUDA events around it, a cold L2 before it; wall time on a CPU."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        if device == "cuda":
+            size = torch.cuda.get_device_properties(0).L2_cache_size
+            self._flush = torch.empty(max(2 * size, 2**20), dtype=torch.int8, device=device)
+
+    def __call__(self, call: Callable[[], Any]) -> float:
+        if self.device != "cuda":
+            start = time.perf_counter()
+            call()
+            return (time.perf_counter() - start) * 1e3
+        start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flush.zero_()
+        start_event.record()
+        call()
+        end_event.record()
+        end_event.synchronize()
+        return start_event.elapsed_time(end_event)
+
+
+def operands(case: Case, device: str, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """Query, key, value, probe that require gradients, and a gradient of out; normal, from one seed."""
+    torch.manual_seed(0)
+
+    def normal(heads: int) -> Tensor:
+        return torch.randn(case.batch, heads, case.length, case.width, device=device, dtype=dtype)
+
+    inputs = [normal(heads).requires_grad_() for heads in (case.q_heads, case.kv_heads, case.kv_heads, case.q_heads)]
+    return inputs, normal(case.q_heads)
+
+
+def directions(call: Any, inputs: list[Tensor], grad: Tensor, method: str) -> dict[str, Callable[[], Any]]:
+    """The two things that are timed: forward without a graph, and forward with backward."""
+    wanted = inputs[:3] if method == "softmax" else inputs
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return call(*inputs)
+
+    return {"forward": forward, "both": lambda: torch.autograd.grad(call(*inputs), wanted, grad)}
+
+
+@contextlib.contextmanager
+def _peak_memory(device: str) -> Iterator[dict[str, float]]:
+    found: dict[str, float] = {}
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    yield found
+    if device == "cuda":
+        torch.cuda.synchronize()
+        found["peak_mb"] = (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+def matrix_product(device: str) -> Callable[[], Tensor]:
+    """A large bf16 matrix product, of whose rate every share is taken: 8192 cubed."""
+    size = 8192 if device == "cuda" else 256
+    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    product = lambda: left @ right  # noqa: E731
+    product.flops = 2.0 * size**3  # type: ignore[attr-defined]
+    return product
+
+
+def flops(case: Case, method: str, direction: str) -> float:
+    """Floating-point operations that the method needs at least."""
+    products = PRODUCTS[method][DIRECTIONS.index(direction)]
+    return products * 2.0 * case.batch * case.q_heads * case.visible * case.width
+
+
+def measure(case: Case, contenders: list[Contender], device: str, rounds: int, repeats: int) -> dict[str, Any]:
+    """Measure ``contenders`` on one case, round by round in turn; one that fails is named with the reason."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    inputs, grad = operands(case, device, dtype)
+    clock, product = Clock(device), matrix_product(device)
+    rows: dict[str, dict[str, Any]] = {}
+    calls: dict[tuple[str, str], Callable[[], Any]] = {}
+    torch._dynamo.reset()
+    for contender in contenders:
+        row = rows[contender.name] = {"method": contender.method}
+        reason = contender.absent(case, device)
+        if reason is not None:
+            row["absent"] = reason
+            continue
+        try:
+            built = directions(contender.build(case, device), inputs, grad, contender.method)
+            for direction, call in built.items():
+                start = time.perf_counter()
+                call()
+                with _peak_memory(device) as peak:
+                    call()
+                row[direction] = {"first_call_s": time.perf_counter() - start, **peak}
+                calls[contender.name, direction] = call
+        except Exception as error:  # a contender that cannot run is a result, not a failure of the run
+            row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
+            calls = {key: call for key, call in calls.items() if key[0] != contender.name}
+    timings = {key: Timing() for key in calls}
+    reference_timing = Timing()
+    for _ in range(rounds):
+        reference_timing.samples += [clock(product) for _ in range(repeats)]
+        for key, call in calls.items():
+            call()  # what the contender before left in caches and clocks is not this one's
+            timings[key].samples += [clock(call) for _ in range(repeats)]
+    rate = product.flops / reference_timing.summary()["ms"] / 1e9  # type: ignore[attr-defined]
+    for (name, direction), timing in timings.items():
+        summary = timing.summary()
+        tflops = flops(case, rows[name]["method"], direction) / summary["ms"] / 1e9
+        rows[name][direction] |= {**summary, "tflops": tflops, "share_of_matmul": tflops / rate}
+    cudnn = rows.get("softmax, cuDNN", {})
+    for row in rows.values():
+        for direction in DIRECTIONS:
+            if direction in row and "ms" in row[direction] and "ms" in cudnn.get(direction, {}):
+                row[direction]["of_cudnn"] = row[direction]["ms"] / cudnn[direction]["ms"]
+    shape = [case.batch, case.q_heads, case.kv_heads, case.length, case.width]
+    return {"case": case.name, "shape": shape, "matmul_tflops": rate, "contenders": rows}
+
+
+def accuracy(contender: Contender, width: int, device: str, key_offset: float = 0.0) -> dict[str, float]:
+    """Relative error (norm) of out and gradients against the float64 reference at (1, 2, 1024, width), causal."""
+    case = Case("accuracy", 1, 2, 2, 1024 if device == "cuda" else 128, width)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    inputs, grad = operands(case, device, dtype)
+    with torch.no_grad():
+        inputs[1] += key_offset * torch.randn(width, device=device, dtype=dtype)
+    used = inputs[:3] if contender.method == "softmax" else inputs
+    got = contender.build(case, device)(*inputs)
+    grads = torch.autograd.grad(got, used, grad)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    spec = plx.SOFTMAX if contender.method == "softmax" else plx.PARALLAX
+    allowed = torch.ones(case.length, case.length, dtype=torch.bool, device=device).tril()
+    probe = None if contender.method == "softmax" else exact[3]
+    want = reference.attention(*exact[:3], probe, spec=spec, mask=allowed).out
+    wanted = torch.autograd.grad(want, exact[: len(used)], grad.double())
+    pairs = zip(("out", "dq", "dk", "dv", "dr"), (got, *grads), (want, *wanted), strict=False)
+    return {name: float((a.double() - b).norm() / b.norm()) for name, a, b in pairs}

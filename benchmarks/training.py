@@ -1,0 +1,109 @@
+"""Training speed beside everything else that is installed, in one process, on the same inputs.
+
+    python benchmarks/training.py [--case 4k d64 ...] [--contender NAME ...] [--json PATH] [--plots DIR] [--quick]
+
+Milliseconds are medians of interleaved rounds with a cold L2; TFLOP/s count the matrix products that the method needs at
+least (Parallax 4 forward and 8 backward, softmax 2 and 5). Needs a CUDA GPU; ``--device cpu --quick`` tries the harness itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from contenders import CONTENDERS, Case, cases
+from measure import Clock, accuracy, flops, measure
+from record import environment
+from report import accuracy_table, case_table, goals_table, plots
+
+import parallax_compile as plx
+
+
+def copy_bandwidth(device: str) -> float:
+    """GB/s of a large copy, bytes read and written counted."""
+    size = 2**30 if device == "cuda" else 2**22
+    source = torch.empty(size, dtype=torch.int8, device=device)
+    target, clock = torch.empty_like(source), Clock(device)
+    times = [clock(lambda: target.copy_(source)) for _ in range(10)]
+    return 2 * size / sorted(times)[5] / 1e6
+
+
+def visited_pairs(case: Case, device: str) -> int:
+    """Pairs of one head in the blocks that a kernel visits: what time should be in proportion to."""
+    mask = plx.masks.block_mask(case.mask, None, None, case.length, case.length, device)
+    blocks = int(mask.kv_num_blocks.sum()) + (
+        0 if mask.full_kv_num_blocks is None else int(mask.full_kv_num_blocks.sum())
+    )
+    return blocks * mask.BLOCK_SIZE[0] * mask.BLOCK_SIZE[1]
+
+
+def main() -> int:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--case", nargs="*", help="default: all but tiny")
+    parser.add_argument("--contender", nargs="*", choices=[contender.name for contender in CONTENDERS])
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--repeats", type=int, default=5, help="timed calls of each contender in a round")
+    parser.add_argument("--quick", action="store_true", help="two rounds of two")
+    parser.add_argument("--json", type=Path, help="write every number here, after each case")
+    parser.add_argument("--plots", type=Path, help="write roofline.png and lengths.png here")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print("training.py needs a CUDA GPU; `--device cpu --case tiny --quick` tries the harness itself.")
+        return 2
+    known = cases(arguments.device)
+    names = arguments.case or [name for name in known if name != "tiny"]
+    if unknown := set(names) - set(known):
+        parser.error(f"unknown case {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    contenders = [entry for entry in CONTENDERS if not arguments.contender or entry.name in arguments.contender]
+    rounds, repeats = (2, 2) if arguments.quick else (arguments.rounds, arguments.repeats)
+    record: dict[str, Any] = {
+        "schema": 1,
+        "environment": environment(arguments.device),
+        "copy_gb_s": copy_bandwidth(arguments.device),
+        "cases": [],
+        "accuracy": {},
+    }
+
+    def write() -> None:
+        if arguments.json:
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+    for name in names:
+        case = known[name]
+        found = measure(case, contenders, arguments.device, rounds, repeats)
+        found["visited_pairs"] = visited_pairs(case, arguments.device)
+        for row, contender in zip(found["contenders"].values(), contenders, strict=True):
+            tensors = 4 if contender.method == "softmax" else 5  # queries, keys, values, out; the probe
+            moved = tensors * case.batch * (case.q_heads + case.kv_heads) / 2 * case.length * case.width * 2
+            if "forward" in row:
+                row["forward"]["intensity"] = flops(case, contender.method, "forward") / moved
+        record["cases"].append(found)
+        write()
+        print(f"\n{name} {found['shape']}, matrix product {found['matmul_tflops']:.0f} TFLOP/s")
+        print(case_table(found), flush=True)
+    for contender in contenders:
+        widths = (16,) if arguments.quick else (64, 128)
+        offsets = (0.0, 10.0) if contender.name.endswith("ours") else (0.0,)
+        for width, offset in ((width, offset) for width in widths for offset in offsets):
+            label = f"{contender.name}, D={width}" + (f", keys offset {offset:g} sigma" if offset else "")
+            if contender.absent(known["4k"], arguments.device) is None:
+                try:
+                    record["accuracy"][label] = accuracy(contender, width, arguments.device, offset)
+                except Exception as error:  # as above
+                    print(f"accuracy of {label} failed: {type(error).__name__}: {str(error)[:200]}")
+    write()
+    print("\n" + accuracy_table(record) + "\n\n" + goals_table(record))
+    if arguments.plots:
+        print(plots(record, arguments.plots))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
