@@ -92,7 +92,7 @@ class ScaleBy:
 
 
 def tanh_cap(cap: float, *, approx: bool = False) -> TanhCap:
-    """Soft cap at ``cap``, for scores or probe scores; ``approx`` trades accuracy for speed on NVIDIA GPUs (:class:`TanhCap`)."""
+    """Soft cap at ``cap``, for scores or probe scores; ``approx`` trades accuracy for speed (:class:`TanhCap`)."""
     return TanhCap(cap, approx)
 
 
