@@ -47,18 +47,23 @@ class Clock:
             size = torch.cuda.get_device_properties(0).L2_cache_size
             self._flush = torch.empty(max(2 * size, 2**20), dtype=torch.int8, device=device)
 
-    def __call__(self, call: Callable[[], Any]) -> float:
+    def __call__(self, call: Callable[[], Any], repeats: int) -> list[float]:
         if self.device != "cuda":
-            start = time.perf_counter()
+            samples = []
+            for _ in range(repeats):
+                start = time.perf_counter()
+                call()
+                samples.append((time.perf_counter() - start) * 1e3)
+            return samples
+        # Everything is queued before anything is waited for: the time of the host, which queues ahead in real use, is not measured.
+        events = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(repeats)]
+        for start_event, end_event in events:
+            self._flush.zero_()
+            start_event.record()
             call()
-            return (time.perf_counter() - start) * 1e3
-        start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._flush.zero_()
-        start_event.record()
-        call()
-        end_event.record()
-        end_event.synchronize()
-        return start_event.elapsed_time(end_event)
+            end_event.record()
+        torch.cuda.synchronize()
+        return [start_event.elapsed_time(end_event) for start_event, end_event in events]
 
 
 def operands(case: Case, device: str, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
@@ -140,10 +145,10 @@ def measure(case: Case, contenders: list[Contender], device: str, rounds: int, r
     timings = {key: Timing() for key in calls}
     reference_timing = Timing()
     for _ in range(rounds):
-        reference_timing.samples += [clock(product) for _ in range(repeats)]
+        reference_timing.samples += clock(product, repeats)
         for key, call in calls.items():
             call()  # what the contender before left in caches and clocks is not this one's
-            timings[key].samples += [clock(call) for _ in range(repeats)]
+            timings[key].samples += clock(call, repeats)
     rate = product.flops / reference_timing.summary()["ms"] / 1e9  # type: ignore[attr-defined]
     for (name, direction), timing in timings.items():
         summary = timing.summary()

@@ -517,12 +517,15 @@ def _lower_backward(*arguments: Any) -> Any:
     names = ("grad_out", "lse", "probe_mean", "tau", "beta", "score_grad_sum", "probe_score_grad_sum")
     named = dict(zip(names, (*statistics, *arguments[19:21]), strict=True))
     named = {
-        name: node
-        if node is None or name == "grad_out"
-        else inductor.ir.ExternKernel.require_contiguous(inductor.to_dtype(node, torch.float32))
+        name: node if node is None or name == "grad_out" else inductor.to_dtype(node, torch.float32)
         for name, node in named.items()
     }
     named |= _kernel_row_terms(call, named)
+    # The kernels index rows densely, and Inductor pads the strides of what it may.
+    named = {
+        name: node if node is None or name == "grad_out" else inductor.ir.ExternKernel.require_contiguous(node)
+        for name, node in named.items()
+    }
     named = dict(zip(named, _realized(list(named.values())), strict=True))
     layouts = _layouts()
     grads = dict.fromkeys(("query", "key", "value", "probe"))

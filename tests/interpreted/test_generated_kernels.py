@@ -58,6 +58,7 @@ class Shape:
 
 EVEN = Shape()
 ODD = Shape(batch=2, q_heads=4, q_length=63, kv_length=111, width=60, value_width=36)
+PADDED = Shape(batch=2, q_heads=4, kv_heads=4, q_length=333, kv_length=96, width=16, value_width=16)
 BLOCKS = Shape(kv_heads=1, q_length=200, kv_length=200, width=32, value_width=32)  # 2 x 2 mask blocks
 
 Mod = Callable[..., Tensor]
@@ -141,6 +142,12 @@ def test_members_in_every_dtype(spec: str, dtype: str) -> None:
 @pytest.mark.parametrize("spec", SPECS)
 def test_odd_sizes_shared_heads_and_cross_attention(spec: str, dtype: str) -> None:
     check(ODD, SPECS[spec], DTYPES[dtype])
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_lengths_whose_rows_inductor_would_pad(spec: str) -> None:
+    # On a GPU Inductor pads strides of 1024 elements and more to multiples of 16; kernels index row terms densely.
+    check(PADDED, SPECS[spec], torch.float32)
 
 
 MASKS = {
