@@ -55,7 +55,7 @@ class Clock:
                 call()
                 samples.append((time.perf_counter() - start) * 1e3)
             return samples
-        # Everything is queued before anything is waited for: the time of the host, which queues ahead in real use, is not measured.
+        # Everything is queued before anything is waited for: the host queues ahead in real use, and its time is not measured.
         events = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(repeats)]
         for start_event, end_event in events:
             self._flush.zero_()

@@ -216,7 +216,7 @@ def candidates(
     rows = (_TABLE_WITHOUT_PROBE.get(key) if not has_probe else None) or _TABLE[key]
     found: list[Candidate] = []
     for values in rows:
-        candidate = Candidate(*values)
+        candidate = Candidate(*values)  # type: ignore[arg-type]  # the fifth of a row is a bool
         if candidate.tma and not tma and "tma" not in forced:
             continue
         candidate = replace(candidate, **forced)
