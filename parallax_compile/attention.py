@@ -94,8 +94,9 @@ def attention(
         return_lse: return ``(out, lse)``.
         return_aux: an :class:`AuxRequest`; return ``(out, AuxOutput)``.
         ridge: overrides the spec's ridge; broadcastable to ``[B, Hq, Lq]``, differentiable.
-        kernel_options: tile sizes for the compiled kernels: ``BLOCK_M, BLOCK_N, num_warps, num_stages``, each also with
-            the prefix ``fwd_``, ``bwd_``, ``bwd_query_`` or ``bwd_key_``.
+        kernel_options: of the compiled kernels: ``BLOCK_M, BLOCK_N, num_warps, num_stages``; ``USE_TMA`` (bool): whether
+            loops read through tensor descriptors; ``HELD_TILES``: how many of the tiles that stay are kept in registers.
+            Each also with the prefix ``fwd_``, ``bwd_``, ``bwd_query_`` or ``bwd_key_``.
 
     Returns:
         ``out [B, Hq, Lq, Dv]`` in query's dtype, alone or with what was asked for. A row with no allowed key gives 0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -99,3 +100,23 @@ def test_refusals() -> None:
         plx.parallax_compile(Plain(), mode="fastest")
     with pytest.raises(Exception, match=r"parallax\.unknown"):
         torch.compile(Bare(), backend="parallax", options={"parallax.unknown": 1})(torch.randn(1, 1, 4, 4))
+
+
+def test_numbers_that_change_between_calls_stay_constants() -> None:
+    seen: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, example: Any) -> Any:
+        seen.extend(n.args for n in graph.graph.nodes if "parallax_attention" in str(n.target))
+        return graph
+
+    q = torch.randn(1, 2, 32, 16)
+    compiled = torch.compile(
+        lambda q, scale, options: plx.attention(q, q, q, q, scale=scale, kernel_options=options),
+        backend=backend,
+        fullgraph=True,
+    )
+    for scale, block in ((0.1, 16), (0.2, 32), (0.3, 64)):
+        out = compiled(q, scale, {"BLOCK_M": block, "USE_TMA": False})
+        torch.testing.assert_close(out, plx.attention(q, q, q, q, scale=scale))
+        constants = [argument for argument in seen[-1] if isinstance(argument, (float, dict))]
+        assert constants[0] == scale and constants[1]["BLOCK_M"] == block

@@ -1,0 +1,61 @@
+"""The benchmark harness: what it counts, and that it runs and renders without a GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def test_pairs_are_counted_exactly() -> None:
+    from contenders import cases
+
+    for name, window in (("window", 1024), ("documents", 0)):
+        case = cases("cpu")[name]
+        rows = torch.arange(case.length, dtype=torch.float64)
+        exact = torch.minimum(rows + 1, torch.tensor(float(window))) if window else rows % 2048 + 1
+        assert abs(case.visible / float(exact.sum()) - 1) < 1e-3
+
+
+def test_flops_are_the_least_products() -> None:
+    from contenders import cases
+    from measure import flops
+
+    case = cases("cpu")["4k"]
+    product = 2.0 * 4 * 16 * 4096 * 4096 / 2 * 128
+    assert [flops(case, "parallax", d) / product for d in ("forward", "both")] == [4, 12]
+    assert [flops(case, "softmax", d) / product for d in ("forward", "both")] == [2, 7]
+
+
+def test_the_harness_runs_and_its_record_renders(tmp_path: Path) -> None:
+    record_path = tmp_path / "record.json"
+    command = [sys.executable, str(BENCHMARKS / "training.py"), "--device", "cpu", "--case", "tiny", "--quick"]
+    run = subprocess.run([*command, "--json", str(record_path)], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    record: dict[str, Any] = json.loads(record_path.read_text())
+    rows = record["cases"][0]["contenders"]
+    assert rows["parallax, ours"]["both"]["ms"] > 0
+    assert rows["softmax, cuDNN"]["absent"] == "needs a GPU"
+    assert all(error < 1e-4 for errors in record["accuracy"].values() for error in errors.values())
+    import report
+
+    text = report.page(record)
+    assert "parallax, ours" in text and "not measured" in text
+
+
+def test_the_page_is_what_its_record_gives() -> None:
+    record = BENCHMARKS / "results" / "training-h100-2026-11-24.json"
+    done = subprocess.run([sys.executable, str(BENCHMARKS / "report.py"), str(record), "--check"], check=False)
+    assert done.returncode == 0
