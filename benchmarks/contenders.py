@@ -20,6 +20,9 @@ import parallax_compile as plx
 
 Call = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
+PRODUCTS = {"softmax": {"forward": 2, "both": 7}, "parallax": {"forward": 4, "both": 12}}
+"""Matrix products that a method needs at least, in the forward and in forward and backward."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -40,12 +43,26 @@ class Case:
     mask: Any = field(default_factory=plx.masks.causal, compare=False)
     pairs: int = 0
     mods: bool = False
-    plain_causal: bool = True
+
+    @property
+    def plain_causal(self) -> bool:
+        """Whether it is what every contender can do."""
+        return self.mask == plx.masks.causal() and not self.mods
 
     @property
     def visible(self) -> int:
         """Allowed pairs of one head, counted as the literature does for a causal mask: half of all."""
         return self.pairs or self.length**2 // 2
+
+    def flops(self, method: str, direction: str) -> float:
+        """Floating-point operations that the method needs at least."""
+        products = PRODUCTS[method][direction]
+        return products * 2.0 * self.batch * self.q_heads * self.visible * self.width
+
+    def forward_bytes(self, method: str) -> float:
+        """Bytes that the forward moves at least, in bf16: query, key, value, out, and Parallax's probe, each once."""
+        heads = self.q_heads * (2 if method == "softmax" else 3) + 2 * self.kv_heads
+        return 2.0 * self.batch * heads * self.length * self.width
 
 
 @dataclass(frozen=True)
@@ -57,6 +74,7 @@ class Contender:
         build: makes the call for a case; raises where it cannot.
         module: what must be importable.
         plain_only: whether it can do plain causal masks alone.
+        on_cpu: whether it runs without a GPU.
     """
 
     name: str
@@ -64,6 +82,7 @@ class Contender:
     build: Callable[[Case, str], Call]
     module: str | None = None
     plain_only: bool = True
+    on_cpu: bool = False
 
     def absent(self, case: Case, device: str) -> str | None:
         """Why this one does not take part in ``case``; None if it does."""
@@ -71,13 +90,9 @@ class Contender:
             return f"{self.module} is not installed"
         if self.plain_only and not case.plain_causal:
             return "causal masks only"
-        if device == "cpu" and self.name not in ("parallax, ours", "softmax, ours"):
+        if device == "cpu" and not self.on_cpu:
             return "needs a GPU"
         return None
-
-
-PRODUCTS = {"softmax": (2, 7), "parallax": (4, 12)}
-"""Matrix products of forward, and of forward and backward, that the method needs at least."""
 
 
 def _ours(spec: plx.AttentionSpec) -> Callable[[Case, str], Call]:
@@ -140,8 +155,8 @@ def _fla(case: Case, device: str) -> Call:
 
 
 CONTENDERS = (
-    Contender("parallax, ours", "parallax", _ours(plx.PARALLAX), plain_only=False),
-    Contender("softmax, ours", "softmax", _ours(plx.SOFTMAX), plain_only=False),
+    Contender("parallax, ours", "parallax", _ours(plx.PARALLAX), plain_only=False, on_cpu=True),
+    Contender("softmax, ours", "softmax", _ours(plx.SOFTMAX), plain_only=False, on_cpu=True),
     Contender("softmax, flex_attention", "softmax", _flex, plain_only=False),
     Contender("softmax, cuDNN", "softmax", _sdpa("CUDNN_ATTENTION")),
     Contender("softmax, FA2", "softmax", _sdpa("FLASH_ATTENTION")),
@@ -153,21 +168,19 @@ CONTENDERS = (
 
 def cases(device: str) -> dict[str, Case]:
     """Every case by name."""
-    window, length, count = 1024, 16384, 8
+    causal, window, length, count = plx.masks.causal(), 1024, 16384, 8
     document = length // count
+    documents = plx.masks.document((torch.arange(length) // document).to(device))
+    in_window = window * (window + 1) // 2 + (length - window) * window
     found = [
         Case("4k", 4, 16, 16, 4096, 128),
-        Case("16k", 1, 16, 16, 16384, 128),
+        Case("16k", 1, 16, 16, length, 128),
         Case("d64", 8, 16, 16, 2048, 64),
         Case("gqa", 2, 32, 8, 8192, 128),
-        Case("mods", 4, 16, 16, 4096, 128, mods=True, plain_causal=False),
-        Case("window", 1, 16, 16, length, 128, plx.masks.sliding_window(window),
-             window * (window + 1) // 2 + (length - window) * window, plain_causal=False),
-        Case("documents", 1, 16, 16, length, 128, plx.masks.causal(), count * document**2 // 2, plain_causal=False),
+        Case("mods", 4, 16, 16, 4096, 128, mods=True),
+        Case("window", 1, 16, 16, length, 128, plx.masks.sliding_window(window), in_window),
+        Case("documents", 1, 16, 16, length, 128, causal & documents, count * document**2 // 2),
         Case("tiny", 1, 2, 2, 64, 16),
-    ]  # fmt: skip
-    found += [Case(f"length {n}", 16384 // n, 16, 16, n, 128) for n in (512, 1024, 2048, 8192)]
-    named = {case.name: case for case in found}
-    ids = (torch.arange(length) // document).to(device)
-    named["documents"] = Case(**{**vars(named["documents"]), "mask": plx.masks.causal() & plx.masks.document(ids)})
-    return named
+    ]
+    found += [Case(f"length {n}", length // n, 16, 16, n, 128) for n in (512, 1024, 2048, 8192)]
+    return {case.name: case for case in found}

@@ -6,11 +6,10 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from contenders import PRODUCTS, Case, Contender
+from contenders import Case, Contender
 from torch import Tensor
 
 import parallax_compile as plx
@@ -19,23 +18,11 @@ from parallax_compile import reference
 DIRECTIONS = ("forward", "both")
 
 
-@dataclass
-class Timing:
-    """Milliseconds of one contender in one direction."""
-
-    samples: list[float] = field(default_factory=list)
-
-    def summary(self) -> dict[str, float]:
-        """Median and 20% and 80% quantiles."""
-        return {
-            "ms": statistics.median(self.samples),
-            "ms_20": _quantile(self.samples, 0.2),
-            "ms_80": _quantile(self.samples, 0.8),
-        }
-
-
-def _quantile(samples: list[float], share: float) -> float:
-    return sorted(samples)[min(len(samples) - 1, int(share * len(samples)))]
+def summary(samples: list[float]) -> dict[str, float]:
+    """Median and 20% and 80% quantiles of milliseconds."""
+    ordered = sorted(samples)
+    low, high = (ordered[min(len(ordered) - 1, int(share * len(ordered)))] for share in (0.2, 0.8))
+    return {"ms": statistics.median(ordered), "ms_20": low, "ms_80": high}
 
 
 class Clock:
@@ -101,26 +88,18 @@ def _peak_memory(device: str) -> Iterator[dict[str, float]]:
         found["peak_mb"] = (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
-def matrix_product(device: str) -> Callable[[], Tensor]:
-    """A large bf16 matrix product, of whose rate every share is taken: 8192 cubed."""
+def matrix_product(device: str) -> tuple[Callable[[], Tensor], float]:
+    """A large bf16 matrix product, of whose rate every share is taken (8192 cubed), and its operations."""
     size = 8192 if device == "cuda" else 256
     left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    product = lambda: left @ right  # noqa: E731
-    product.flops = 2.0 * size**3  # type: ignore[attr-defined]
-    return product
-
-
-def flops(case: Case, method: str, direction: str) -> float:
-    """Floating-point operations that the method needs at least."""
-    products = PRODUCTS[method][DIRECTIONS.index(direction)]
-    return products * 2.0 * case.batch * case.q_heads * case.visible * case.width
+    return lambda: left @ right, 2.0 * size**3
 
 
 def measure(case: Case, contenders: list[Contender], device: str, rounds: int, repeats: int) -> dict[str, Any]:
     """Measure ``contenders`` on one case, round by round in turn; one that fails is named with the reason."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     inputs, grad = operands(case, device, dtype)
-    clock, product = Clock(device), matrix_product(device)
+    clock, (product, product_flops) = Clock(device), matrix_product(device)
     rows: dict[str, dict[str, Any]] = {}
     calls: dict[tuple[str, str], Callable[[], Any]] = {}
     torch._dynamo.reset()
@@ -135,25 +114,29 @@ def measure(case: Case, contenders: list[Contender], device: str, rounds: int, r
             for direction, call in built.items():
                 start = time.perf_counter()
                 call()
+                seconds = time.perf_counter() - start
                 with _peak_memory(device) as peak:
                     call()
-                row[direction] = {"first_call_s": time.perf_counter() - start, **peak}
+                row[direction] = {"first_call_s": seconds, **peak}
                 calls[contender.name, direction] = call
         except Exception as error:  # a contender that cannot run is a result, not a failure of the run
             row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
             calls = {key: call for key, call in calls.items() if key[0] != contender.name}
-    timings = {key: Timing() for key in calls}
-    reference_timing = Timing()
+    samples: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
+    product_samples: list[float] = []
     for _ in range(rounds):
-        reference_timing.samples += clock(product, repeats)
+        product_samples += clock(product, repeats)
         for key, call in calls.items():
             call()  # what the contender before left in caches and clocks is not this one's
-            timings[key].samples += clock(call, repeats)
-    rate = product.flops / reference_timing.summary()["ms"] / 1e9  # type: ignore[attr-defined]
-    for (name, direction), timing in timings.items():
-        summary = timing.summary()
-        tflops = flops(case, rows[name]["method"], direction) / summary["ms"] / 1e9
-        rows[name][direction] |= {**summary, "tflops": tflops, "share_of_matmul": tflops / rate}
+            samples[key] += clock(call, repeats)
+    rate = product_flops / summary(product_samples)["ms"] / 1e9
+    for (name, direction), times in samples.items():
+        found = summary(times)
+        tflops = case.flops(rows[name]["method"], direction) / found["ms"] / 1e9
+        rows[name][direction] |= {**found, "tflops": tflops, "share_of_matmul": tflops / rate}
+        if direction == "forward":
+            bytes_moved = case.forward_bytes(rows[name]["method"])
+            rows[name][direction]["intensity"] = case.flops(rows[name]["method"], direction) / bytes_moved
     cudnn = rows.get("softmax, cuDNN", {})
     for row in rows.values():
         for direction in DIRECTIONS:
@@ -179,5 +162,5 @@ def accuracy(contender: Contender, width: int, device: str, key_offset: float = 
     probe = None if contender.method == "softmax" else exact[3]
     want = reference.attention(*exact[:3], probe, spec=spec, mask=allowed).out
     wanted = torch.autograd.grad(want, exact[: len(used)], grad.double())
-    pairs = zip(("out", "dq", "dk", "dv", "dr"), (got, *grads), (want, *wanted), strict=False)
+    pairs = zip(("out", "dq", "dk", "dv", "dr"), (got, *grads), (want, *wanted), strict=False)  # softmax has no dr
     return {name: float((a.double() - b).norm() / b.norm()) for name, a, b in pairs}

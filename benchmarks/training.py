@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from contenders import CONTENDERS, Case, cases
-from measure import Clock, accuracy, flops, measure
+from measure import Clock, accuracy, measure
 from record import environment
 from report import accuracy_table, case_table, goals_table, plots
 
@@ -79,11 +79,6 @@ def main() -> int:
         case = known[name]
         found = measure(case, contenders, arguments.device, rounds, repeats)
         found["visited_pairs"] = visited_pairs(case, arguments.device)
-        for row, contender in zip(found["contenders"].values(), contenders, strict=True):
-            tensors = 4 if contender.method == "softmax" else 5  # queries, keys, values, out; the probe
-            moved = tensors * case.batch * (case.q_heads + case.kv_heads) / 2 * case.length * case.width * 2
-            if "forward" in row:
-                row["forward"]["intensity"] = flops(case, contender.method, "forward") / moved
         record["cases"].append(found)
         write()
         print(f"\n{name} {found['shape']}, matrix product {found['matmul_tflops']:.0f} TFLOP/s")

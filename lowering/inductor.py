@@ -223,7 +223,8 @@ def _shared_memory_limit(device: torch.device) -> int:
 def _tma_possible(device: torch.device, tensors: Sequence[Any]) -> bool:
     """Whether the target has tensor descriptors and each of ``tensors`` can be read through them.
 
-    That takes contiguous rows, and the base and every other stride at multiples of 16 bytes.
+    That takes contiguous rows of which no two are the same memory, and the base and every other stride at multiples of 16
+    bytes.
     """
     if torch.cuda.get_device_capability(device) < (9, 0):
         return False
@@ -236,6 +237,7 @@ def _tma_possible(device: torch.device, tensors: Sequence[Any]) -> bool:
         offsets = [*strides, tensor.get_layout().offset]
         return (
             innermost == 1
+            and strides[-1] != 0
             and tensor.get_name() not in graph.unaligned_buffers
             and all(multiple(offset * itemsize, 16) for offset in offsets)
         )

@@ -30,16 +30,44 @@ def test_pairs_are_counted_exactly() -> None:
         rows = torch.arange(case.length, dtype=torch.float64)
         exact = torch.minimum(rows + 1, torch.tensor(float(window))) if window else rows % 2048 + 1
         assert abs(case.visible / float(exact.sum()) - 1) < 1e-3
+        assert not case.plain_causal
+
+
+def test_the_forward_moves_each_tensor_once() -> None:
+    from contenders import cases
+
+    gqa = cases("cpu")["gqa"]
+    head = 2 * 2 * 8192 * 128  # bytes of one head of both batches
+    assert gqa.forward_bytes("softmax") == head * (2 * 32 + 2 * 8)
+    assert gqa.forward_bytes("parallax") == head * (3 * 32 + 2 * 8)
+
+
+def test_quantiles() -> None:
+    from measure import summary
+
+    assert summary([5.0, 1.0, 4.0, 2.0, 3.0]) == {"ms": 3.0, "ms_20": 2.0, "ms_80": 5.0}
+
+
+def test_the_search_generates_its_kernels_without_a_gpu(tmp_path: Path) -> None:
+    stages = ("core_forward", "core_backward_query", "core_backward_key")
+    tiles = tmp_path / "tiles.json"
+    tiles.write_text(json.dumps({f"softmax 64 {stage}": [[64, 64, 4, 2, True, 0]] for stage in stages}))
+    command = [sys.executable, str(BENCHMARKS / "search.py"), "--member", "softmax", "--width", "64", "--workers", "1"]
+    command += ["--tiles", str(tiles), "--target", "sm_90", "--generate-only", str(tmp_path / "kernels")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert run.returncode == 0, run.stderr[-2000:]
+    kernels = json.loads((tmp_path / "kernels" / "000.json").read_text())
+    assert [kernel["stage"] for kernel in kernels] == list(stages)
+    assert all("make_tensor_descriptor" in kernel["source"] for kernel in kernels)
 
 
 def test_flops_are_the_least_products() -> None:
     from contenders import cases
-    from measure import flops
 
     case = cases("cpu")["4k"]
     product = 2.0 * 4 * 16 * 4096 * 4096 / 2 * 128
-    assert [flops(case, "parallax", d) / product for d in ("forward", "both")] == [4, 12]
-    assert [flops(case, "softmax", d) / product for d in ("forward", "both")] == [2, 7]
+    assert [case.flops("parallax", d) / product for d in ("forward", "both")] == [4, 12]
+    assert [case.flops("softmax", d) / product for d in ("forward", "both")] == [2, 7]
 
 
 def test_the_harness_runs_and_its_record_renders(tmp_path: Path) -> None:

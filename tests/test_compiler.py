@@ -120,3 +120,17 @@ def test_numbers_that_change_between_calls_stay_constants() -> None:
         torch.testing.assert_close(out, plx.attention(q, q, q, q, scale=scale))
         constants = [argument for argument in seen[-1] if isinstance(argument, (float, dict))]
         assert constants[0] == scale and constants[1]["BLOCK_M"] == block
+
+
+def test_the_approximate_cap_is_exact_where_there_is_no_such_instruction() -> None:
+    inputs = [torch.randn(1, 2, 24, 8, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+
+    def results(approx: bool, compiled: bool) -> list[Tensor]:
+        spec = plx.PARALLAX.replace(covariance_mod=plx.mods.tanh_cap(1.5, approx=approx))
+        call = lambda *tensors: plx.attention(*tensors, spec=spec)
+        out = (torch.compile(call, fullgraph=True) if compiled else call)(*inputs)
+        return [out, *torch.autograd.grad(out.square().sum(), inputs)]
+
+    exact = results(False, False)
+    for compiled in (False, True):
+        torch.testing.assert_close(results(True, compiled), exact)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
@@ -102,14 +103,14 @@ STAGES = ("core_forward", "core_backward_query", "core_backward_key")
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("width", [1, 16, 40, 64, 80, 128, 200, 256])
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_candidates_fit_every_target(stage: str, width: int, itemsize: int) -> None:
-    for target in TARGETS.values():
+@pytest.mark.parametrize("has_probe", [True, False])
+def test_candidates_fit_every_target(stage: str, width: int, itemsize: int, has_probe: bool) -> None:
+    for target, tma in itertools.product(TARGETS.values(), (True, False)):
         limit = target.shared_memory_per_block
-        found = candidates(
-            stage, width=width, value_width=width, itemsize=itemsize, has_probe=True, shared_memory_limit=limit
-        )
-        assert found
-        assert all(shared_memory(stage, c, width, width, itemsize, True) <= limit for c in found)
+        sizes = {"width": width, "value_width": width, "itemsize": itemsize, "has_probe": has_probe}
+        found = candidates(stage, **sizes, shared_memory_limit=limit, tma=tma)
+        assert found and (tma or not any(candidate.tma for candidate in found))
+        assert all(shared_memory(stage, c, width, width, itemsize, has_probe) <= limit for c in found)
 
 
 def test_candidates_divide_the_masks_blocks_and_obey_options() -> None:

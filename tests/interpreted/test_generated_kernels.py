@@ -150,6 +150,25 @@ def test_lengths_whose_rows_inductor_would_pad(spec: str) -> None:
     check(PADDED, SPECS[spec], torch.float32)
 
 
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_scales_that_are_not_positive(scale: float) -> None:
+    # The factor of the scores moves into the exponent, and past the maximum, only where it is positive.
+    inputs = BLOCKS.operands(torch.float32, True)
+    spec = plx.PARALLAX.replace(mask_mod=plx.masks.causal())
+
+    def call(*tensors: Any) -> Tensor:
+        return plx.attention(*tensors, spec=spec, scale=scale, enable_gqa=True)
+
+    got = with_gradients(interpreter.interpreted(call), leaves(inputs, torch.float32), [])
+    want = with_gradients(call, leaves(inputs, torch.float64), [])
+    rough = with_gradients(call, leaves(inputs, torch.float32), [])
+    for mine, theirs, exact in zip(got, rough, want, strict=True):
+        if scale == 0.0 and not exact.any():  # the gradient of query
+            assert not mine.any()
+        else:
+            assert relative_error(mine, exact) <= budget(relative_error(theirs, exact), torch.float32)
+
+
 MASKS = {
     "causal": plx.masks.causal(),
     "offset": plx.masks.causal(offset=-40),
