@@ -256,6 +256,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write every number here")
     parser.add_argument("--quick", action="store_true", help="only the first cases")
+    parser.add_argument("--match", default="", help="only cases whose dtype and name contain this")
     parser.add_argument(
         "--workers", type=int, default=1, help="processes that share the GPU; compiling is most of the work"
     )
@@ -267,11 +268,15 @@ def main() -> int:
         return 2
     print(environment("cuda"))
     results = []
-    matrix = cases(arguments.quick)
+    matrix = [
+        (index, case)
+        for index, case in enumerate(cases(arguments.quick))
+        if arguments.match in f"{case.dtype} {case.name}"
+    ]
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(arguments.workers, mp_context=spawn) as pool:
-        outcomes = pool.map(_checked, [arguments.quick] * len(matrix), range(len(matrix)))
-        for case, outcome in zip(matrix, outcomes, strict=True):
+        outcomes = pool.map(_checked, [arguments.quick] * len(matrix), [index for index, _ in matrix])
+        for (_, case), outcome in zip(matrix, outcomes, strict=True):
             results.append(Result(case, *outcome))
             _print(results[-1])
     if arguments.json:

@@ -439,7 +439,6 @@ def _core_backward_query(call: _Call, plan: Plan, layouts: list[Any], statistics
         {
             "NEEDS_QUERY": need_query,
             "NEEDS_PROBE": need_probe,
-            "ROUNDS": problem.itemsize == 2,
             # A mod's derivative lies between the known sums and what is rounded: there the rounding alone is settled.
             "KNOWN_QUERY_SUM": not problem.score_mod,
             "KNOWN_PROBE_SUM": problem.intercept and not problem.covariance_mod,
