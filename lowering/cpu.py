@@ -347,8 +347,8 @@ def backward(
     carried = []
     if need_query:
         carried.append(_padded_rows(query, count, query.size(3), dtype=query.dtype))
-    if need_probe:
-        carried.append(_padded_rows(query, count, query.size(3), dtype=query.dtype))
+    if need_probe and probe is not None:
+        carried.append(_padded_rows(query, count, query.size(3), dtype=probe.dtype))
     if need_key:
         carried.append(torch.zeros(key.shape, dtype=dtype))
     if need_value:
@@ -373,6 +373,100 @@ def backward(
         for captured, flags in zip(buffers[:2], wanted, strict=True)
     )
     return dq, dk, dv, dr, captured_grads[0], captured_grads[1]
+
+
+def solve(
+    query: Tensor,
+    key: Tensor,
+    right: Tensor | None,
+    known: Tensor | None,
+    ridge: Tensor,
+    score_mod: Graph,
+    block_mask: tuple,
+    scale: float,
+    intercept: bool,
+    solver: dict[str, Any],
+    score_mod_buffers: tuple = (),
+    mask_mod_buffers: tuple = (),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The solve operator by conjugate gradients on chunks of rows; arguments and results as in :func:`.dense.solve`."""
+    dtype, count = _work_dtype(query), _rows_per_chunk(query)
+    if known is not None:
+        rows = known.shape[:3]
+        return known.clone(), known.new_zeros(rows, dtype=torch.int32), known.new_zeros(rows)
+    mods = _mods(score_mod, score_mod, block_mask[-1], (score_mod_buffers, (), mask_mod_buffers))
+    has_right = right is not None
+    tolerance, most = solver["tolerance"], solver["max_iterations"]
+
+    def chunk(rows: Tensor, carried: list[Tensor], operands: list[Any]) -> tuple[Tensor, ...]:
+        query, key, ridge, *rest = operands
+        given = rest.pop(0) if has_right else None
+        q = _chunk(query, rows).to(dtype)
+        _, _, s1, _, _, _ = _scores(q, None, key, _within(query, rows), mods.with_buffers(rest), scale)
+        largest = s1.amax(-1, keepdim=True)
+        weights = torch.exp(s1 - torch.where(largest == -float("inf"), 0.0, largest))
+        total = weights.sum(-1, keepdim=True)
+        weights = weights / torch.where(total == 0, 1.0, total)
+        mean = _applied(weights, key)
+        if given is None:
+            b = mean - q if intercept else q
+        else:
+            b = _chunk(given, rows).to(dtype)
+        lam = _chunk(ridge, rows)[..., None]
+
+        def product(x: Tensor, weights: Tensor, key: Tensor, mean: Tensor, lam: Tensor) -> Tensor:
+            along = _products(x, key)
+            if not intercept:
+                return _applied(weights * along, key) + lam * x
+            signed = weights * (along - (weights * along).sum(-1, keepdim=True))
+            return _applied(signed, key) - signed.sum(-1, keepdim=True) * mean + lam * x
+
+        def condition(step: Tensor, done: Tensor, *_: Tensor) -> Tensor:
+            return (step < most) & ~done
+
+        def iterate(step: Tensor, done: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+            x, residual, direction, gained, used, last, *system = state
+            image = product(direction, *system)
+            curvature = (direction * image).sum(-1, keepdim=True)
+            safe = torch.where(curvature > 0, curvature, 1.0)
+            along = (residual * direction).sum(-1, keepdim=True)
+            # A row that has converged stays where it is: its terms are rounding.
+            moving = last | (used < 2)
+            alpha = torch.where((curvature > 0) & moving, along / safe, 0.0)
+            x, residual = x + alpha * direction, residual - alpha * image
+            beta = torch.where(curvature > 0, -(residual * image).sum(-1, keepdim=True) / safe, 0.0)
+            term = alpha * along
+            gained, used = gained + term, used + moving.to(used.dtype)
+            last = moving & (term > tolerance * tolerance * gained)
+            direction = torch.where(moving, residual + beta * direction, direction)
+            return step + 1, ~(last | ((used < 2) & (gained > 0))).any(), x, residual, direction, gained, used, last
+
+        column = torch.zeros_like(b[..., :1])
+        start = (
+            torch.zeros((), dtype=torch.int64),
+            torch.zeros((), dtype=torch.bool),
+            torch.zeros_like(b),
+            b.clone(),
+            b.clone(),
+            column,
+            column.to(torch.int32),
+            column == 0,
+        )
+        _, _, x, residual, _, _, used, _ = traced_while_loop(
+            condition, iterate, start, (weights, key, mean, lam.expand(column.shape).contiguous())
+        )
+        results = (x, used.squeeze(-1), residual.norm(dim=-1))
+        return tuple(old.index_copy(2, rows, new.to(old.dtype)) for old, new in zip(carried, results, strict=True))
+
+    carried = [
+        _padded_rows(query, count, query.size(3), dtype=dtype),
+        _padded_rows(query, count, dtype=torch.int32),
+        _padded_rows(query, count, dtype=dtype),
+    ]
+    operands: list[Any] = [query, key.to(dtype), ridge.to(dtype), *([right] if has_right else []), *mods.flat()]
+    x, iterations, residual = _over_rows(count, query, chunk, carried, operands)
+    rows = query.size(2)
+    return x[:, :, :rows].contiguous(), iterations[:, :, :rows].contiguous(), residual[:, :, :rows].contiguous()
 
 
 def lower(function: Callable[..., Any], arguments: Sequence[Any]) -> Any:

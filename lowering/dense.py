@@ -109,6 +109,40 @@ def forward(
     return in_layout_of(query, out), in_layout_of(query, value_mean) if save_value_mean else value_mean, lse, probe_mean
 
 
+def solve(
+    query: Tensor,
+    key: Tensor,
+    right: Tensor | None,
+    known: Tensor | None,
+    ridge: Tensor,
+    score_mod: Mod,
+    block_mask: tuple,
+    scale: float,
+    intercept: bool,
+    solver: dict[str, Any],
+    score_mod_buffers: tuple = (),
+    mask_mod_buffers: tuple = (),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:data:`~.solve.attention_solve` by a direct solve of each row's matrix (0 iterations)."""
+    iterations = torch.zeros(query.shape[:3], dtype=torch.int32, device=query.device)
+    if known is not None:
+        return known.clone(), iterations, torch.zeros_like(known[..., 0])
+    buffers = (score_mod_buffers, (), mask_mod_buffers)
+    _, _, s1, _, _ = _scores(query, key, None, (score_mod, score_mod), block_mask, scale, buffers)
+    lse = s1.logsumexp(-1, keepdim=True)
+    weights = torch.exp(s1 - torch.where(lse.isneginf(), 0.0, lse))
+    keys, queries = _per_query_head(key, query), query.to(weights.dtype)
+    mean = weights @ keys
+    centred = keys[:, :, None] - mean[:, :, :, None] if intercept else keys[:, :, None]
+    matrix = centred.mT @ (weights[..., None] * centred)
+    matrix = matrix + ridge[..., None, None] * torch.eye(key.size(3), dtype=matrix.dtype, device=key.device)
+    if right is None:
+        right = mean - queries if intercept else queries
+    x = torch.linalg.solve(matrix, right[..., None])
+    residual = (right - (matrix @ x)[..., 0]).norm(dim=-1)
+    return x[..., 0].contiguous(), iterations, residual
+
+
 def backward(
     query: Tensor,
     key: Tensor,

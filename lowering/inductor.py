@@ -15,6 +15,7 @@ from .candidates import candidates, padded
 from .mod_graphs import is_always_true, is_identity
 from .operator import BlockMaskOperands, attention_backward, attention_forward
 from .plan import Plan, Problem, make_plan
+from .solve import attention_solve
 from .torch_compat import inductor
 
 LOG2E = 1.4426950408889634
@@ -540,6 +541,15 @@ def _lower_backward(*arguments: Any) -> Any:
         for name, needed in zip(("query", "key", "value", "probe"), needs_grad, strict=True)
     ]
     return (*results, _captured_grads(call.score_mod), _captured_grads(call.covariance_mod))
+
+
+@inductor.register_lowering(attention_solve, type_promotion_kind=None)
+def _lower_solve(*arguments: Any) -> Any:
+    """Inductor's lowering of :data:`~.solve.attention_solve`."""
+    query = arguments[0]
+    if query.get_device().type == "cpu":
+        return cpu.lower(cpu.solve, arguments)
+    raise NotImplementedError
 
 
 def _captured_grads(mod: _Mod) -> tuple:

@@ -262,7 +262,7 @@ def _backward_fake(
 # --- tracing --------------------------------------------------------------------------------------------------------
 
 
-def _example(query: Tensor, *, score: bool = True, grad: bool = False, requires_grad: bool = False) -> list[Tensor]:
+def example_arguments(query: Tensor, *, score: bool = True, grad: bool = False, requires_grad: bool = False) -> list[Tensor]:
     """Scalar arguments of a mod: the score (float32, or float64), four indices, and the gradient of a joint graph."""
     dtype = statistics_dtype(query)
     values = [query.new_zeros((), dtype=dtype, requires_grad=requires_grad)] if score else []
@@ -272,15 +272,15 @@ def _example(query: Tensor, *, score: bool = True, grad: bool = False, requires_
     return values
 
 
-def _attach(mode: Any, graphs: dict[str, Any]) -> None:
-    for name, graph in graphs.items():
-        mode.tracer.root.register_module(mode.tracer.get_fresh_qualname(name), graph)
-
-
-def _record(mode: Any, op: HigherOrderOperator, arguments: tuple, example: Any) -> Any:
+def record_node(
+    mode: Any, op: HigherOrderOperator, arguments: tuple, example: Any, graphs: dict[str, Any]
+) -> Any:
+    """Put a call of ``op`` into the graph being traced; ``graphs`` are its traced mods, ``example`` its fake results."""
     from . import register_lowerings
 
     register_lowerings()  # an exported program reaches Inductor without passing through our Dynamo hook
+    for name, graph in graphs.items():
+        mode.tracer.root.register_module(mode.tracer.get_fresh_qualname(name), graph)
     proxies = pytree.tree_map(mode.tracer.unwrap_proxy, arguments)
     with set_original_aten_op(op):
         proxy = mode.tracer.create_proxy("call_function", op, proxies, {})
@@ -309,12 +309,12 @@ def _forward_proxy(
     buffers = (score_mod_buffers, covariance_mod_buffers, mask_mod_buffers)
     example = attention_forward(*tensors, score_mod, covariance_mod, block_mask, *switches, *buffers)
     requires_grad = query.requires_grad
-    score = trace_mod(score_mod, *_example(query, requires_grad=requires_grad), *score_mod_buffers)
-    covariance = trace_mod(covariance_mod, *_example(query, requires_grad=requires_grad), *covariance_mod_buffers)
-    mask = trace_mod(block_mask[-1], *_example(query, score=False), *mask_mod_buffers)
-    _attach(mode, {"score_mod": score, "covariance_mod": covariance, "mask_mod": mask})
+    score = trace_mod(score_mod, *example_arguments(query, requires_grad=requires_grad), *score_mod_buffers)
+    covariance = trace_mod(covariance_mod, *example_arguments(query, requires_grad=requires_grad), *covariance_mod_buffers)
+    mask = trace_mod(block_mask[-1], *example_arguments(query, score=False), *mask_mod_buffers)
     arguments = (*tensors, score, covariance, (*block_mask[:-1], mask), *switches, *buffers)
-    return _record(mode, attention_forward, arguments, example)
+    graphs = {"score_mod": score, "covariance_mod": covariance, "mask_mod": mask}
+    return record_node(mode, attention_forward, arguments, example, graphs)
 
 
 @attention_backward.py_impl(ProxyTorchDispatchMode)
@@ -349,26 +349,23 @@ def _backward_proxy(
     example = attention_backward(*tensors, fw_graphs, joint_graphs, block_mask, *switches, *buffers, *sums)
     mod_buffers = buffers[:2]
     forward = tuple(
-        trace_mod(graph, *_example(query, requires_grad=True), *captured)
+        trace_mod(graph, *example_arguments(query, requires_grad=True), *captured)
         for graph, captured in zip(fw_graphs, mod_buffers, strict=True)
     )
     joint = tuple(
-        trace_mod(graph, *_example(query, requires_grad=True, grad=True), *captured)
+        trace_mod(graph, *example_arguments(query, requires_grad=True, grad=True), *captured)
         for graph, captured in zip(joint_graphs, mod_buffers, strict=True)
     )
-    mask = trace_mod(block_mask[-1], *_example(query, score=False), *mask_mod_buffers)
-    _attach(
-        mode,
-        {
-            "score_mod": forward[0],
-            "covariance_mod": forward[1],
-            "score_mod_joint": joint[0],
-            "covariance_mod_joint": joint[1],
-            "mask_mod": mask,
-        },
-    )
+    mask = trace_mod(block_mask[-1], *example_arguments(query, score=False), *mask_mod_buffers)
+    graphs = {
+        "score_mod": forward[0],
+        "covariance_mod": forward[1],
+        "score_mod_joint": joint[0],
+        "covariance_mod_joint": joint[1],
+        "mask_mod": mask,
+    }
     arguments = (*tensors, forward, joint, (*block_mask[:-1], mask), *switches, *buffers, *sums)
-    return _record(mode, attention_backward, arguments, example)
+    return record_node(mode, attention_backward, arguments, example, graphs)
 
 
 @attention_forward.py_functionalize_impl
@@ -397,7 +394,7 @@ def _forward_functionalize(
             ("score_mod", score_mod, buffers[0]),
             ("covariance_mod", covariance_mod, buffers[1]),
         ):
-            if functionalized_mutates(ctx, mod, [*_example(tensors[0]), *captured]):
+            if functionalized_mutates(ctx, mod, [*example_arguments(tensors[0]), *captured]):
                 raise UnsupportedAliasMutationException(f"{name} writes into a tensor; mods must be pure functions")
         out = attention_forward(  # type: ignore[call-arg]
             *tensors,
@@ -600,9 +597,19 @@ class _AttentionAutograd(torch.autograd.Function):
 def _joint_graphs(
     query: Tensor, mods: tuple[Mod, Mod], buffers: tuple[tuple, tuple]
 ) -> tuple[tuple[Mod, Mod], tuple[Mod, Mod]]:
-    example: Any = tuple(_example(query, requires_grad=True))
+    example: Any = tuple(example_arguments(query, requires_grad=True))
     pairs = [create_fw_bw_graph(mod, example, captured) for mod, captured in zip(mods, buffers, strict=True)]
-    return (pairs[0][0], pairs[1][0]), (pairs[0][1], pairs[1][1])
+    return (pairs[0][0], pairs[1][0]), (_with_score_gradient(pairs[0][1]), _with_score_gradient(pairs[1][1]))
+
+
+def _with_score_gradient(joint: Mod) -> Mod:
+    """A mod that ignores its score has no gradient for it, which is 0."""
+
+    def filled(score: Tensor, *rest: Any) -> list[Any]:
+        grad, *others = joint(score, *rest)
+        return [torch.zeros_like(score) if grad is None else grad, *others]
+
+    return filled
 
 
 @attention_forward.py_impl(DispatchKey.Autograd)

@@ -10,10 +10,11 @@ Imports of :mod:`torch._inductor` are deferred into functions: they are heavy, a
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -69,6 +70,7 @@ __all__ = [
 
 # Private symbol -> parameters that we pass by name or position. Kept as data so that one test covers them all.
 FENCED: dict[str, tuple[str, ...]] = {
+    "torch._guards:TracingContext.try_get": (),
     "torch._dynamo._trace_wrapped_higher_order_op:TransformGetItemToIndex": (),
     "torch._dynamo.variables.higher_order_ops:_hop_name_to_variable_class": (),
     "torch._dynamo.variables.higher_order_ops:FlexAttentionHigherOrderVariable.create_wrapped_node": (
@@ -414,7 +416,27 @@ def inline_in_lowering(function: Callable[..., Any], arguments: Sequence[Any]) -
         traced = make_fx(call, decomposition_table=select_decomp_table())(*[fakes[i] for i in dynamic])
     _lift_subgraphs(traced, root)
     _views_as_reshapes(traced)
-    return process_subgraph_nodes(traced, [given[i] for i in dynamic])
+    with _no_donated_buffers():
+        return process_subgraph_nodes(traced, [given[i] for i in dynamic])
+
+
+@contextlib.contextmanager
+def _no_donated_buffers() -> Iterator[None]:
+    """Keep loop bodies from overwriting their operands.
+
+    AOTAutograd lists by position which inputs of the *backward graph* may be overwritten, and Inductor reads the list for
+    the inputs of each loop body too.
+    """
+    context = _resolve("torch._guards:TracingContext").try_get()
+    metadata = context.fw_metadata if context is not None else None
+    if metadata is None:
+        yield
+        return
+    donated, metadata.bw_donated_idxs = metadata.bw_donated_idxs, None
+    try:
+        yield
+    finally:
+        metadata.bw_donated_idxs = donated
 
 
 def _lift_subgraphs(traced: torch.fx.GraphModule, root: torch.fx.GraphModule) -> None:

@@ -18,11 +18,12 @@ from torch.nn.attention.flex_attention import BlockMask
 from . import reference, validation
 from .block_masks import combined_block_mask
 from .errors import InputError, InputTypeError
+from .lowering import probes
 from .lowering.cache_key import CACHE_SALT
 from .lowering.dense import allowed_pairs
 from .lowering.operator import attention_forward
 from .lowering.torch_compat import mark_static, raise_input, result_problem, vectorize_mod
-from .spec import PARALLAX, SOFTMAX, AttentionSpec
+from .spec import PARALLAX, SOFTMAX, AttentionSpec, Gradient, Solved
 
 __all__ = ["AuxOutput", "AuxRequest", "attention", "flex_attention"]
 
@@ -269,20 +270,48 @@ def _compiled(
     block_mask = combined_block_mask(spec.mask_mod, block_mask, query, key)
     options = dict(kernel_options) if kernel_options is not None else {}
     options["cache_salt"] = CACHE_SALT
+    if spec.bandwidth.kind == "infinite":
+        score_mod = _uniform
+    elif score_mod is None:
+        score_mod = _identity
+    weights = probes.Weights(
+        score_mod,
+        _operands(block_mask),
+        1.0 / math.sqrt(query.size(3)) if scale is None else float(scale),
+        options,
+    )
+    stage = _probe_stage(query, key, spec, ridge, weights)
+    if stage is not None:
+        probe = stage.probe
     out, _, lse, probe_mean = attention_forward(
         query,
         key,
         value,
         probe,
-        _identity if score_mod is None else score_mod,
+        weights.score_mod,
         _identity if covariance_mod is None else covariance_mod,
-        _operands(block_mask),
-        1.0 / math.sqrt(query.size(3)) if scale is None else float(scale),
+        weights.block_mask,
+        weights.scale,
         spec.intercept,
         False,
-        options,
+        weights.kernel_options,
     )
-    return out, AuxOutput(lse=lse, probe_mean=probe_mean, value_mean=out if probe is None else None)
+    aux = AuxOutput(lse=lse, probe_mean=probe_mean, value_mean=out if probe is None else None)
+    return out, aux if stage is None else aux._replace(iterations=stage.iterations, residual=stage.residual)
+
+
+def _probe_stage(
+    query: Tensor, key: Tensor, spec: AttentionSpec, ridge: Tensor | float | None, weights: probes.Weights
+) -> probes.ProbeStage | None:
+    """The stage in front of the core that finds the probe, for members whose probe is not given."""
+    kind = spec.probe
+    if not isinstance(kind, (Solved, Gradient)):
+        return None
+    given = kind.ridge if ridge is None else ridge
+    lam = probes.ridge_of_rows(query, key, given, kind.ridge_scale, weights)
+    if isinstance(kind, Solved):
+        return probes.solved(query, key, lam, weights, spec.intercept)
+    return probes.gradient(query, key, lam, weights, spec.intercept, kind.steps, kind.step_size)
 
 
 def _empty(query: Tensor, value: Tensor, operands: tuple[Tensor, ...]) -> tuple[Tensor, AuxOutput]:
@@ -298,6 +327,11 @@ def _empty(query: Tensor, value: Tensor, operands: tuple[Tensor, ...]) -> tuple[
 
 def _identity(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
     return score
+
+
+def _uniform(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    """The scores at infinite bandwidth: none, so that every allowed key weighs the same and the product drops out."""
+    return torch.zeros_like(score)
 
 
 def _everything(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:

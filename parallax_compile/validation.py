@@ -235,10 +235,6 @@ def check_kernel_options(options: Any) -> None:
 def check_compiled(query: Tensor, value: Tensor, spec: AttentionSpec) -> None:
     """What the compiled path covers; the rest is the reference's, uncompiled."""
     instead = "Call plx.attention outside of torch.compile: the reference covers it."
-    if spec.bandwidth.kind != "finite":
-        raise_input(UnsupportedError, f"compiled attention at infinite bandwidth is not there yet. {instead}")
-    if spec.probe.kind not in ("zero", "learned"):
-        raise_input(UnsupportedError, f"compiled attention with a {spec.probe.kind} probe is not there yet. {instead}")
     device = query.device.type
     if device not in ("cpu", "cuda"):
         raise_input(UnsupportedError, f"compiled attention runs on cpu and cuda, not on {device}. {instead}")

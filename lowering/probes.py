@@ -1,0 +1,138 @@
+"""Probes that a stage computes in front of the core: solved and gradient (FAMILY, "The solved probe").
+
+Both are written over the core itself. Its own output with the keys in the values' place is the matrix-vector product of the
+rows' systems: with intercept ``core(value=key, probe=x) = mean key - C x``, without ``core(value=key, probe=x) = S x``. That
+the core is differentiable gives both probes their gradients: a gradient probe's flow through its steps, a solved probe's
+through one more matrix-vector product at the solution, which is where implicit differentiation needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .operator import attention_forward, statistics_dtype
+from .solve import attention_solve
+
+Mod = Callable[..., Any]
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 3e-3, torch.bfloat16: 3e-3}
+"""Relative error of the solution, in the norm of ``M``, at which the iteration of a tile of rows stops."""
+MAX_ITERATIONS_PER_WIDTH = 4
+
+
+class Weights(NamedTuple):
+    """What the weights ``p`` of the core depend on beside queries and keys."""
+
+    score_mod: Mod
+    block_mask: tuple
+    scale: float
+    kernel_options: dict[str, Any]
+
+
+class ProbeStage(NamedTuple):
+    """A probe ``[B, Hq, Lq, D]`` in the dtype of the statistics, and how it was found, ``[B, Hq, Lq]`` each."""
+
+    probe: Tensor
+    iterations: Tensor
+    residual: Tensor
+
+
+def _identity(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    return score
+
+
+def _core(query: Tensor, key: Tensor, value: Tensor, probe: Tensor | None, weights: Weights, intercept: bool) -> Any:
+    """``out`` and LSE of the core."""
+    out, _, lse, _ = attention_forward(
+        query,
+        key,
+        value,
+        probe,
+        weights.score_mod,
+        _identity,
+        weights.block_mask,
+        weights.scale,
+        intercept,
+        False,
+        weights.kernel_options,
+    )
+    return out, lse
+
+
+def _error(query: Tensor, key: Tensor, x: Tensor | None, lam: Tensor, weights: Weights, intercept: bool) -> Tensor:
+    """``b - M x``, differentiable in everything; ``x`` None is 0."""
+    dtype = statistics_dtype(query)
+    if intercept:
+        # mean key - C x, of which b takes the query
+        moved, _ = _core(query, key, key, x, weights, True)
+        error = moved.to(dtype) - query.to(dtype)
+    else:
+        error = query.to(dtype)
+        if x is not None:
+            moved, _ = _core(query, key, key, x, weights, False)
+            error = error - moved.to(dtype)
+    return error if x is None else error - lam[..., None] * x
+
+
+def ridge_of_rows(
+    query: Tensor, key: Tensor, ridge: Tensor | float, ridge_scale: str, weights: Weights
+) -> Tensor:
+    """The ridge on normalised weights, ``[B, Hq, Lq]``."""
+    rows, dtype = query.shape[:3], statistics_dtype(query)
+    if isinstance(ridge, Tensor):
+        lam = ridge.to(dtype).expand(rows)
+    else:
+        lam = torch.full(rows, ridge, dtype=dtype, device=query.device)
+    if ridge_scale == "mean":
+        return lam
+    # "sum": the ridge belongs to unnormalised weights, whose sum is e^lse (or the number of keys).
+    _, lse = _core(query, key, key, None, weights, True)
+    return lam * torch.exp(-torch.where(lse.isinf(), 0.0, lse))
+
+
+def solved(query: Tensor, key: Tensor, lam: Tensor, weights: Weights, intercept: bool) -> ProbeStage:
+    """The probe that solves each row's ridge regression; gradients by implicit differentiation."""
+    fixed = [tensor.detach() for tensor in (query, key, lam)]
+    options = {
+        **weights.kernel_options,
+        "tolerance": TOLERANCE[query.dtype],
+        "max_iterations": MAX_ITERATIONS_PER_WIDTH * query.size(3),
+    }
+    shared = (weights.score_mod, weights.block_mask, weights.scale, intercept, options)
+    found, iterations, residual = attention_solve(*fixed[:2], None, None, fixed[2], *shared)
+    found = found.detach()
+    # The probe is found + M^-1 (b - M found): the second term is 0, and all of the gradient. What it rounds to in low
+    # precision is not 0, so that its value is taken away.
+    error = _error(query, key, found, lam, weights, intercept)
+    probe, _, _ = attention_solve(*fixed[:2], error, found, fixed[2], *shared)
+    return ProbeStage(probe, iterations, residual)
+
+
+def gradient(
+    query: Tensor, key: Tensor, lam: Tensor, weights: Weights, intercept: bool, steps: int, step_size: float | None
+) -> ProbeStage:
+    """``steps`` of ``x <- x + eta (b - M x)`` from 0; ``eta`` is ``1 / (ridge + trace C)`` for each row, or given."""
+    error = _error(query, key, None, lam, weights, intercept)
+    eta = 1.0 / (lam + _trace(query, key, weights, intercept)) if step_size is None else torch.full_like(lam, step_size)
+    x = eta[..., None] * error
+    for _ in range(steps - 1):
+        x = x + eta[..., None] * _error(query, key, x, lam, weights, intercept)
+    with torch.no_grad():
+        residual = _error(query, key, x.detach(), lam, weights, intercept).norm(dim=-1)
+    return ProbeStage(x, torch.full_like(lam, steps, dtype=torch.int32), residual)
+
+
+def _trace(query: Tensor, key: Tensor, weights: Weights, intercept: bool) -> Tensor:
+    """``trace C = sum_j p_j |k_j|^2``, less ``|mean key|^2`` with intercept."""
+    if not intercept:
+        squares, _ = _core(query, key, key.square().sum(-1, keepdim=True), None, weights, True)
+        return squares.squeeze(-1).to(statistics_dtype(query))
+    # About a mean of all keys, because the trace does not see it and its square would drown the rest.
+    centred = key - key.detach().mean(2, keepdim=True)
+    squares, _ = _core(query, key, centred.square().sum(-1, keepdim=True), None, weights, True)
+    mean, _ = _core(query, key, centred, None, weights, True)
+    return squares.squeeze(-1).to(statistics_dtype(query)) - mean.to(statistics_dtype(query)).square().sum(-1)
