@@ -94,6 +94,12 @@ _TABLE: dict[tuple[str, bool, int], _Row] = {
     ("core_backward_key", False, 64): ((32, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 1)),
     ("core_backward_key", False, 128): ((16, 16, 4, 1), (16, 32, 8, 1), (16, 32, 4, 1)),
     ("core_backward_key", False, 256): ((16, 16, 8, 1), (16, 16, 4, 1)),
+    ("core_solve", True, 64): ((64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2)),
+    ("core_solve", True, 128): ((64, 32, 8, 2), (64, 64, 8, 2), (32, 32, 4, 2)),
+    ("core_solve", True, 256): ((32, 32, 8, 1), (16, 32, 4, 1)),
+    ("core_solve", False, 64): ((32, 32, 4, 2), (16, 16, 4, 1)),
+    ("core_solve", False, 128): ((16, 32, 4, 1), (16, 16, 4, 1)),
+    ("core_solve", False, 256): ((16, 16, 8, 1), (16, 16, 4, 1)),
 }
 # Without a probe a stage holds half of the accumulators and tiles, so that other tiles are best.
 _TABLE_WITHOUT_PROBE: dict[tuple[str, bool, int], _Row] = {
@@ -143,6 +149,7 @@ _TABLE_WITHOUT_PROBE: dict[tuple[str, bool, int], _Row] = {
 
 _OPTION_PREFIXES = {
     "core_forward": ("", "fwd_"),
+    "core_solve": ("", "solve_"),
     "core_backward_query": ("", "bwd_", "bwd_query_"),
     "core_backward_key": ("", "bwd_", "bwd_key_"),
 }
@@ -164,9 +171,11 @@ def padded(width: int) -> int:
 def shared_memory(stage: str, candidate: Candidate, width: int, value_width: int, itemsize: int, probe: bool) -> int:
     """Estimate, in bytes, of the shared memory that a candidate needs: the tiles that stay and the tiles in flight."""
     d, dv, bm, bn = padded(width), padded(value_width), candidate.block_m, candidate.block_n
-    query_side = d * (2 if probe else 1)
+    query_side = d * (2 if probe or stage == "core_solve" else 1)
     if stage == "core_forward":
         stay, stream = bm * query_side, bn * (d + dv)
+    elif stage == "core_solve":
+        stay, stream = bm * query_side, bn * d
     elif stage == "core_backward_query":
         stay, stream = bm * (query_side + dv), bn * (d + dv)
     else:
@@ -191,7 +200,7 @@ def candidates(
     """Feasible candidates for ``stage``, best first, at least one.
 
     Args:
-        stage: ``core_forward``, ``core_backward_query`` or ``core_backward_key``.
+        stage: ``core_forward``, ``core_backward_query``, ``core_backward_key`` or ``core_solve``.
         width, value_width: ``D`` and ``Dv``.
         itemsize: bytes of an element of the inputs.
         has_probe: whether a probe tile is held too.

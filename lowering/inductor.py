@@ -38,6 +38,7 @@ _TEMPLATES = {
         ("core_forward", _tiles_of_rows),
         ("core_backward_query", _tiles_of_rows),
         ("core_backward_key", _tiles_of_keys),
+        ("core_solve", _tiles_of_rows),
     )
 }
 
@@ -287,6 +288,7 @@ def _instantiate(
         "D_PAD": padded(problem.width),
         "DV_PAD": padded(problem.value_width),
         "HAS_PROBE": problem.has_probe,
+        "PROBE_SPLIT": call.probe is not None and call.probe.get_dtype().itemsize > problem.itemsize,
         "INTERCEPT": problem.intercept,
         "SCORE_MOD": problem.score_mod,
         "COVARIANCE_MOD": problem.has_probe and problem.covariance_mod,
@@ -549,7 +551,41 @@ def _lower_solve(*arguments: Any) -> Any:
     query = arguments[0]
     if query.get_device().type == "cpu":
         return cpu.lower(cpu.solve, arguments)
-    raise NotImplementedError
+    _, key, right, _, ridge, score, block_mask, scale, intercept, solver, *buffers = arguments
+    mod = _forward_mod(score, buffers[0], query.get_device())
+    options = {name: option for name, option in solver.items() if name not in ("tolerance", "max_iterations")}
+    call = _call(
+        (query, key, key, None), block_mask, (mod, _Mod(mod.value, [], True)), buffers[1], scale, intercept, options
+    )
+    plan = make_plan(call.problem(None))
+    dense = [
+        None if node is None else inductor.ir.ExternKernel.require_contiguous(inductor.to_dtype(node, torch.float32))
+        for node in (right, ridge)
+    ]
+    right, ridge = _realized(dense)
+    layout, iterations_layout, residual_layout = _layouts()
+    iterations, residual = _allocate(iterations_layout), _allocate(residual_layout)
+    inputs = {"Q": call.query, "K": call.key}
+    if right is not None:
+        inputs |= {"RIGHT": right}
+    inputs |= {"RIDGE": ridge, "ITERATIONS": iterations, "RESIDUAL": residual}
+    x = _instantiate(
+        "core_solve",
+        call,
+        plan.problem,
+        inputs,
+        layout,
+        [iterations, residual],
+        [mod.value, mod.value, call.mask],
+        {
+            "HAS_RIGHT": right is not None,
+            "TOLERANCE": solver["tolerance"],
+            "MAX_ITERATIONS": solver["max_iterations"],
+        },
+        grid=(plan.problem.batch, plan.problem.q_heads, plan.problem.q_length),
+        sparse=("kv", "full_kv"),
+    )
+    return x, iterations, residual
 
 
 def _captured_grads(mod: _Mod) -> tuple:

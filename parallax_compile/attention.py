@@ -97,7 +97,7 @@ def attention(
         ridge: overrides the spec's ridge; broadcastable to ``[B, Hq, Lq]``, differentiable.
         kernel_options: of the compiled kernels: ``BLOCK_M, BLOCK_N, num_warps, num_stages``; ``USE_TMA`` (bool): whether
             loops read through tensor descriptors; ``HELD_TILES``: how many of the tiles that stay are kept in registers.
-            Each also with the prefix ``fwd_``, ``bwd_``, ``bwd_query_`` or ``bwd_key_``.
+            Each also with the prefix ``fwd_``, ``bwd_``, ``bwd_query_``, ``bwd_key_`` or ``solve_``.
 
     Returns:
         ``out [B, Hq, Lq, Dv]`` in query's dtype, alone or with what was asked for. A row with no allowed key gives 0,

@@ -22,7 +22,7 @@ FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 MAX_WIDTH = 256
 _SCORE_ARGUMENTS = ("score", "b", "h", "q_idx", "kv_idx")
 KERNEL_OPTIONS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "USE_TMA", "HELD_TILES")
-KERNEL_OPTION_PREFIXES = ("", "fwd_", "bwd_", "bwd_query_", "bwd_key_")
+KERNEL_OPTION_PREFIXES = ("", "fwd_", "bwd_", "bwd_query_", "bwd_key_", "solve_")
 
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor, probe: Any, spec: AttentionSpec, enable_gqa: bool) -> None:
@@ -219,7 +219,7 @@ def check_kernel_options(options: Any) -> None:
             raise_input(
                 InputError,
                 f"kernel_options has an unknown name {name}. Known: {', '.join(KERNEL_OPTIONS)}, "
-                "each also with the prefix fwd_, bwd_, bwd_query_ or bwd_key_.",
+                "each also with the prefix fwd_, bwd_, bwd_query_, bwd_key_ or solve_.",
             )
         if name.endswith("USE_TMA"):
             if not isinstance(option, bool):
