@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-Algorithm = Literal["streaming", "row chunks", "pointwise"]
+Algorithm = Literal["streaming", "row chunks", "pointwise", "conjugate gradients", "gradient steps"]
+
+EXPECTED_ITERATIONS = 16
+"""Steps that a solve is expected to take, for its cost: rows stop by their residual (the first ``2 D`` rows take more)."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,9 @@ class Problem:
         visited: share of the (query block, key block) pairs that the mask lets a kernel visit; 1 without a mask.
         needs_grad: which of query, key, value, probe need a gradient; None for inference.
         captured_grads: whether a tensor captured by a mod needs a gradient.
+        uniform: whether every allowed key weighs the same (infinite bandwidth): no product of queries and keys.
+        probe_steps: steps of the stage that finds the probe, for a solved (expected) or gradient probe; 0 for others.
+        solved: whether that stage stops by residual and is differentiated implicitly.
     """
 
     batch: int
@@ -43,6 +49,14 @@ class Problem:
     visited: float = 1.0
     needs_grad: tuple[bool, bool, bool, bool] | None = None
     captured_grads: bool = False
+    uniform: bool = False
+    probe_steps: int = 0
+    solved: bool = False
+
+    @property
+    def score_products(self) -> int:
+        """Products that make the scores and probe scores of a pass."""
+        return int(not self.uniform) + int(self.has_probe)
 
     @property
     def saves_value_mean(self) -> bool:
@@ -112,10 +126,53 @@ def make_plan(problem: Problem) -> Plan:
     for query and probe and one for key and value, each left out when nothing needs it.
     """
     algorithm: Algorithm = "streaming" if problem.device != "cpu" else "row chunks"
-    stages = [_forward(problem, algorithm)]
+    stages = [*_probe_stages(problem), _forward(problem, algorithm)]
     if problem.needs_grad is not None:
-        stages += _backward(problem, algorithm)
+        stages += [*_backward(problem, algorithm), *_probe_backward(problem)]
     return Plan(problem, tuple(stages))
+
+
+def _probe_stages(problem: Problem) -> list[Stage]:
+    if problem.solved:
+        return [
+            _solve(problem, "forward", "the probe of each row by its ridge system, which is never formed"),
+            _solution_product(problem, "forward", "one product at the solution: what its gradient goes through"),
+        ]
+    if problem.probe_steps:
+        passes = problem.probe_steps
+        products = passes * 2 * problem.score_products - (2 if problem.has_probe else 0)
+        reason = f"{passes} steps, each the core with the keys in the values' place"
+        reads, writes = ("query", "key"), ("probe",)
+        return [Stage("gradient_steps", "gradient steps", "forward", (products, 0), reads, writes, reason)]
+    return []
+
+
+def _probe_backward(problem: Problem) -> list[Stage]:
+    if problem.solved:
+        return [
+            _solve(problem, "backward", "implicit differentiation: the same systems for the probe's gradient"),
+            _solution_product(problem, "backward", "the gradient of one product, whatever the solver took"),
+        ]
+    if problem.probe_steps:
+        products = problem.probe_steps * (2 * problem.score_products + 7)
+        reads, writes = ("query", "key", "probe", "grad_probe"), ("grad_query", "grad_key")
+        reason = "back through the steps"
+        return [Stage("gradient_steps", "gradient steps", "backward", (products, 0), reads, writes, reason)]
+    return []
+
+
+def _solve(problem: Problem, direction: Literal["forward", "backward"], reason: str) -> Stage:
+    scores = int(not problem.uniform)
+    products = scores + 1 + problem.probe_steps * (scores + 2)
+    reads, writes = (("query", "key"), ("probe",)) if direction == "forward" else (("query", "key", "probe"), ("grad_probe",))
+    return Stage("core_solve", "conjugate gradients", direction, (products, 0), reads, writes, reason)
+
+
+def _solution_product(problem: Problem, direction: Literal["forward", "backward"], reason: str) -> Stage:
+    forward = problem.score_products + 2
+    products = forward if direction == "forward" else 2 * problem.score_products + 7
+    writes = () if direction == "forward" else ("grad_query", "grad_key")
+    return Stage("solution_product", "streaming", direction, (products, 0), ("query", "key", "probe"), writes, reason)
 
 
 def _probe(problem: Problem, *names: str) -> tuple[str, ...]:
@@ -123,13 +180,13 @@ def _probe(problem: Problem, *names: str) -> tuple[str, ...]:
 
 
 def _forward(problem: Problem, algorithm: Algorithm) -> Stage:
-    score_products = 2 if problem.has_probe else 1
-    one_signed_product = algorithm == "row chunks"
+    score_products = problem.score_products
+    value_products = 2 if problem.has_probe and algorithm != "row chunks" else 1
     return Stage(
         name="core_forward",
         algorithm=algorithm,
         direction="forward",
-        products=(score_products, 1 if one_signed_product else score_products),
+        products=(score_products, value_products),
         reads=("query", "key", "value", *_probe(problem, "probe")),
         writes=(
             "out",
@@ -137,7 +194,9 @@ def _forward(problem: Problem, algorithm: Algorithm) -> Stage:
             *_probe(problem, "probe_mean"),
             *(("value_mean",) if problem.saves_value_mean else ()),
         ),
-        reason="finite bandwidth: the weights need every allowed key, one pass keeps no score"
+        reason="infinite bandwidth: every allowed key weighs the same, one pass keeps no score"
+        if problem.uniform
+        else "finite bandwidth: the weights need every allowed key, one pass keeps no score"
         if algorithm == "streaming"
         else "cpu: chunks of rows over all keys, one signed product with the values",
     )
@@ -147,7 +206,7 @@ def _backward(problem: Problem, algorithm: Algorithm) -> list[Stage]:
     assert problem.needs_grad is not None
     need_query, need_key, need_value, need_probe = problem.needs_grad
     need_probe = need_probe and problem.has_probe
-    score_products = 2 if problem.has_probe else 1
+    score_products = problem.score_products
     statistics = ("lse", "tau", *_probe(problem, "probe_mean", "beta"))
     operands = ("query", "key", "value", *_probe(problem, "probe"), "grad_out", *statistics)
     stages = [

@@ -11,9 +11,9 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from . import validation
 from .block_masks import combined_block_mask
-from .lowering.plan import Cost, Plan, Problem, Stage, make_plan
+from .lowering.plan import EXPECTED_ITERATIONS, Cost, Plan, Problem, Stage, make_plan
 from .lowering.targets import Target, resolve
-from .spec import AttentionSpec
+from .spec import AttentionSpec, Gradient, Solved
 
 __all__ = ["Explanation", "StageExplanation", "explain"]
 
@@ -111,7 +111,7 @@ def explain(
     validation.check_mods(spec, score_mod, covariance_mod)
     validation.check_block_mask(block_mask, query, key)
     validation.check_compiled(query, value, spec)
-    tensors = (query, key, value, probe)
+    tensors = (query, key, value, query if spec.probe.kind in ("solved", "gradient") else probe)
     needs = tuple(tensor is not None and tensor.requires_grad for tensor in tensors)
     if backward is None:
         backward = any(needs)
@@ -130,7 +130,7 @@ def explain(
         dtype=str(query.dtype).removeprefix("torch."),
         itemsize=query.dtype.itemsize,
         device="cpu" if resolved is None else "cuda",
-        has_probe=probe is not None,
+        has_probe=spec.probe.kind != "zero",
         intercept=spec.intercept,
         score_mod=score_mod is not None or spec.score_mod is not None,
         covariance_mod=covariance_mod is not None or spec.covariance_mod is not None,
@@ -138,9 +138,18 @@ def explain(
         block_sparse=mask is not None,
         visited=1.0 if mask is None else _visited(mask),
         needs_grad=needs if backward else None,  # type: ignore[arg-type]
+        uniform=spec.bandwidth.kind == "infinite",
+        probe_steps=_probe_steps(spec),
+        solved=isinstance(spec.probe, Solved),
     )
     plan = make_plan(problem)
     return Explanation(spec, plan, resolved, tuple(_explain_stage(plan, stage, resolved) for stage in plan.stages))
+
+
+def _probe_steps(spec: AttentionSpec) -> int:
+    if isinstance(spec.probe, Solved):
+        return EXPECTED_ITERATIONS
+    return spec.probe.steps if isinstance(spec.probe, Gradient) else 0
 
 
 def _visited(mask: BlockMask) -> float:
