@@ -91,7 +91,10 @@ def times(spec: plx.AttentionSpec, width: int, device: str, length: int, heads: 
             call(*inputs)
 
     found: dict[str, Any] = {}
-    both = lambda: torch.autograd.grad(call(*inputs), inputs, grad, allow_unused=True)
+
+    def both():
+        return torch.autograd.grad(call(*inputs), inputs, grad, allow_unused=True)
+
     for name, run in (("forward", forward), ("both", both)):
         start = time.perf_counter()
         run()
@@ -133,7 +136,9 @@ def main() -> int:
                 measured = {}
             record["members"].append(entry)
             found = entry.get("accuracy", {})
-            cells = [f"{found[key]:.1e}" if found.get(key) is not None else "" for key in ("out", "dq", "dk", "dv", "dr")]
+            cells = [
+                f"{found[key]:.1e}" if found.get(key) is not None else "" for key in ("out", "dq", "dk", "dv", "dr")
+            ]
             spread = "/".join(f"{value:.0f}" for value in found.get("iterations", ()))
             clocked = [f"{m['forward']['ms']:.2f} {m['both']['ms']:.2f}" for m in measured.values()]
             growth = ""

@@ -392,8 +392,8 @@ def solve(
     """The solve operator by conjugate gradients on chunks of rows; arguments and results as in :func:`.dense.solve`."""
     dtype, count = _work_dtype(query), _rows_per_chunk(query)
     if known is not None:
-        rows = known.shape[:3]
-        return known.clone(), known.new_zeros(rows, dtype=torch.int32), known.new_zeros(rows)
+        zeros = torch.zeros_like(known[..., 0])
+        return known.clone(), zeros.to(torch.int32), zeros
     mods = _mods(score_mod, score_mod, block_mask[-1], (score_mod_buffers, (), mask_mod_buffers))
     has_right = right is not None
     tolerance, most = solver["tolerance"], solver["max_iterations"]
@@ -408,10 +408,7 @@ def solve(
         total = weights.sum(-1, keepdim=True)
         weights = weights / torch.where(total == 0, 1.0, total)
         mean = _applied(weights, key)
-        if given is None:
-            b = mean - q if intercept else q
-        else:
-            b = _chunk(given, rows).to(dtype)
+        b = (mean - q if intercept else q) if given is None else _chunk(given, rows).to(dtype)
         lam = _chunk(ridge, rows)[..., None]
 
         def product(x: Tensor, weights: Tensor, key: Tensor, mean: Tensor, lam: Tensor) -> Tensor:

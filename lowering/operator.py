@@ -262,7 +262,9 @@ def _backward_fake(
 # --- tracing --------------------------------------------------------------------------------------------------------
 
 
-def example_arguments(query: Tensor, *, score: bool = True, grad: bool = False, requires_grad: bool = False) -> list[Tensor]:
+def example_arguments(
+    query: Tensor, *, score: bool = True, grad: bool = False, requires_grad: bool = False
+) -> list[Tensor]:
     """Scalar arguments of a mod: the score (float32, or float64), four indices, and the gradient of a joint graph."""
     dtype = statistics_dtype(query)
     values = [query.new_zeros((), dtype=dtype, requires_grad=requires_grad)] if score else []
@@ -272,9 +274,7 @@ def example_arguments(query: Tensor, *, score: bool = True, grad: bool = False, 
     return values
 
 
-def record_node(
-    mode: Any, op: HigherOrderOperator, arguments: tuple, example: Any, graphs: dict[str, Any]
-) -> Any:
+def record_node(mode: Any, op: HigherOrderOperator, arguments: tuple, example: Any, graphs: dict[str, Any]) -> Any:
     """Put a call of ``op`` into the graph being traced; ``graphs`` are its traced mods, ``example`` its fake results."""
     from . import register_lowerings
 
@@ -310,7 +310,9 @@ def _forward_proxy(
     example = attention_forward(*tensors, score_mod, covariance_mod, block_mask, *switches, *buffers)
     requires_grad = query.requires_grad
     score = trace_mod(score_mod, *example_arguments(query, requires_grad=requires_grad), *score_mod_buffers)
-    covariance = trace_mod(covariance_mod, *example_arguments(query, requires_grad=requires_grad), *covariance_mod_buffers)
+    covariance = trace_mod(
+        covariance_mod, *example_arguments(query, requires_grad=requires_grad), *covariance_mod_buffers
+    )
     mask = trace_mod(block_mask[-1], *example_arguments(query, score=False), *mask_mod_buffers)
     arguments = (*tensors, score, covariance, (*block_mask[:-1], mask), *switches, *buffers)
     graphs = {"score_mod": score, "covariance_mod": covariance, "mask_mod": mask}

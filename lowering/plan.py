@@ -164,7 +164,9 @@ def _probe_backward(problem: Problem) -> list[Stage]:
 def _solve(problem: Problem, direction: Literal["forward", "backward"], reason: str) -> Stage:
     scores = int(not problem.uniform)
     products = scores + 1 + problem.probe_steps * (scores + 2)
-    reads, writes = (("query", "key"), ("probe",)) if direction == "forward" else (("query", "key", "probe"), ("grad_probe",))
+    reads, writes = (
+        (("query", "key"), ("probe",)) if direction == "forward" else (("query", "key", "probe"), ("grad_probe",))
+    )
     return Stage("core_solve", "conjugate gradients", direction, (products, 0), reads, writes, reason)
 
 

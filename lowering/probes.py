@@ -19,7 +19,7 @@ from .solve import attention_solve
 
 Mod = Callable[..., Any]
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 3e-3, torch.bfloat16: 3e-3}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-3}
 """Relative error of the solution, in the norm of ``M``, at which the iteration of a tile of rows stops."""
 MAX_ITERATIONS_PER_WIDTH = 4
 
@@ -78,9 +78,7 @@ def _error(query: Tensor, key: Tensor, x: Tensor | None, lam: Tensor, weights: W
     return error if x is None else error - lam[..., None] * x
 
 
-def ridge_of_rows(
-    query: Tensor, key: Tensor, ridge: Tensor | float, ridge_scale: str, weights: Weights
-) -> Tensor:
+def ridge_of_rows(query: Tensor, key: Tensor, ridge: Tensor | float, ridge_scale: str, weights: Weights) -> Tensor:
     """The ridge on normalised weights, ``[B, Hq, Lq]``."""
     rows, dtype = query.shape[:3], statistics_dtype(query)
     if isinstance(ridge, Tensor):
@@ -96,23 +94,25 @@ def ridge_of_rows(
 
 def solved(query: Tensor, key: Tensor, lam: Tensor, weights: Weights, intercept: bool) -> ProbeStage:
     """The probe that solves each row's ridge regression; gradients by implicit differentiation."""
-    fixed = [tensor.detach() for tensor in (query, key, lam)]
-    if query.dtype == torch.bfloat16:
-        # The solver rounds to the operands' dtype in every step, and float16 has three bits more. Queries and keys fit
-        # exactly: up to 65504, which they do not reach.
-        fixed = [fixed[0].to(torch.float16), fixed[1].to(torch.float16), fixed[2]]
-    options = {
+    # The solver rounds to the operands' dtype in every step, and float16 has three bits more than bfloat16. Queries and keys
+    # fit exactly: up to 65504, which they do not reach.
+    operands = torch.float16 if query.dtype == torch.bfloat16 else query.dtype
+    q, k, ridge = query.detach().to(operands), key.detach().to(operands), lam.detach()
+    solver = {
         **weights.kernel_options,
         "tolerance": TOLERANCE[query.dtype],
         "max_iterations": MAX_ITERATIONS_PER_WIDTH * query.size(3),
     }
-    shared = (weights.score_mod, weights.block_mask, weights.scale, intercept, options)
-    found, iterations, residual = attention_solve(*fixed[:2], None, None, fixed[2], *shared)
+
+    def solve(right: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        score_mod, block_mask, scale, _ = weights
+        return attention_solve(q, k, right, known, ridge, score_mod, block_mask, scale, intercept, solver)
+
+    found, iterations, residual = solve(None, None)
     found = found.detach()
-    # The probe is found + M^-1 (b - M found): the second term is 0, and all of the gradient. What it rounds to in low
-    # precision is not 0, so that its value is taken away.
-    error = _error(query, key, found, lam, weights, intercept)
-    probe, _, _ = attention_solve(*fixed[:2], error, found, fixed[2], *shared)
+    # The probe is found + M^-1 (b - M found). The second term is 0 but for the rounding of the product, so that its value is
+    # left out; its gradient is all of the probe's.
+    probe, _, _ = solve(_error(query, key, found, lam, weights, intercept), found)
     return ProbeStage(probe, iterations, residual)
 
 

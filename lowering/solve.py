@@ -190,8 +190,11 @@ class _SolveAutograd(torch.autograd.Function):
         captured = (tuple(buffers[:n_score]), tuple(buffers[n_score:]))
         wanted = None
         if ctx.needs_input_grad[2]:
-            operands = (query, key, grad, None, ridge, ctx.score_mod, block_mask)
-            wanted, _, _ = attention_solve(*operands, *ctx.switches, *captured)  # type: ignore[arg-type]
+            scale, intercept, solver = ctx.switches
+            solution = attention_solve(
+                query, key, grad, None, ridge, ctx.score_mod, block_mask, scale, intercept, solver, *captured
+            )
+            wanted = solution[0]
         return (None, None, wanted, *(None,) * (6 + len(buffers)))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import masks
 from .attention import attention
-from .errors import InputError, UnsupportedError
+from .errors import InputError
 from .spec import PARALLAX, AttentionSpec
 
 __all__ = ["ParallaxAttention", "RotaryEmbedding"]
@@ -69,7 +69,6 @@ class ParallaxAttention(nn.Module):
 
     Raises:
         InputError: sizes that do not divide.
-        UnsupportedError: a spec whose probe is neither learned nor zero.
     """
 
     def __init__(
@@ -97,10 +96,6 @@ class ParallaxAttention(nn.Module):
                     f"embed_dim must be a multiple of num_heads, but got {embed_dim} and {num_heads}. Or pass head_dim."
                 )
             head_dim = embed_dim // num_heads
-        if spec.probe.kind not in ("learned", "zero"):
-            raise UnsupportedError(
-                f"ParallaxAttention takes learned and zero probes, but the spec's is {spec.probe.kind}."
-            )
         self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim = embed_dim, num_heads, num_kv_heads, head_dim
         self.spec = _causal(spec) if causal else spec
         made: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}

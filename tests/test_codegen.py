@@ -181,10 +181,22 @@ def test_modules_and_other_operations_around_the_call() -> None:
 
 
 def test_errors_of_the_call_come_as_themselves() -> None:
-    with pytest.raises(plx.errors.UnsupportedError, match="solved probe"):
-        codegen.generate(
-            lambda q, k, v: plx.attention(q, k, v, spec=plx.LLA, enable_gqa=True), operands()[:3], target="sm_90"
-        )
+    wide = torch.empty(1, 1, 16, 300, device="meta")
+    with pytest.raises(plx.errors.UnsupportedError, match="widths up to 256"):
+        codegen.generate(lambda q, k, v: plx.attention(q, k, v, spec=plx.LLA), [wide] * 3, target="sm_90")
+
+
+def test_a_solved_probe_is_a_stage_in_front_of_the_core() -> None:
+    q, k, v, _ = operands()
+    code = codegen.generate(lambda *x: plx.attention(*x, spec=plx.LLA, enable_gqa=True), (q, k, v), target="sm_90")
+    stages = [kernel.stage for kernel in code.kernels if kernel.stage]
+    # Forward: the solve, its one differentiable product, the core. Backward: the core's, the adjoint solve, the product's.
+    assert sorted(stages) == sorted(
+        ["core_solve", "core_forward"] * 2 + ["core_backward_query", "core_backward_key"] * 2
+    )
+    for kernel in code.kernels:
+        if kernel.stage == "core_solve":
+            cubin.compile_kernel(kernel, "sm_90")
 
 
 # --- nothing is left behind -----------------------------------------------------------------------------------------

@@ -40,7 +40,9 @@ def difference(call: Any, inputs: list[Tensor], backend: str, captured: Any = ()
     connected = lambda *x: call(*x) + sum(tensor.sum() * 0.0 for tensor in x)
     want = with_gradients(connected, leaves(inputs, torch.float64), captured)
     compiled = torch.compile(call, backend=backend, fullgraph=True)
-    got = with_gradients(lambda *x: compiled(*x) + sum(tensor.sum() * 0.0 for tensor in x), leaves(inputs, torch.float64), captured)
+    got = with_gradients(
+        lambda *x: compiled(*x) + sum(tensor.sum() * 0.0 for tensor in x), leaves(inputs, torch.float64), captured
+    )
     return [relative_error(a, b) for a, b in zip(got, want, strict=True)]
 
 
@@ -94,7 +96,7 @@ def test_the_solver_reports_iterations_and_residual() -> None:
     _, aux = torch.compile(call, fullgraph=True)(*inputs)
     assert aux.iterations.shape == aux.residual.shape == (2, 4, 41)
     assert aux.iterations.dtype == torch.int32
-    assert 2 <= int(aux.iterations.min()) and int(aux.iterations.max()) <= 4 * 12
+    assert int(aux.iterations.min()) >= 2 and int(aux.iterations.max()) <= 4 * 12
     assert float(aux.residual.max()) < 1e-9
 
 
@@ -115,7 +117,9 @@ def test_an_affine_map_is_recovered_at_the_edge_of_the_keys(backend: str) -> Non
     call = torch.compile(lambda *x: plx.attention(*x, spec=spec), fullgraph=True, backend=backend)
     out = call(query, key, key @ matrix + shift)
     assert relative_error(out, query @ matrix + shift) < 1e-6
-    assert relative_error(plx.attention(query, key, key @ matrix + shift, spec=plx.SOFTMAX), query @ matrix + shift) > 0.05
+    assert (
+        relative_error(plx.attention(query, key, key @ matrix + shift, spec=plx.SOFTMAX), query @ matrix + shift) > 0.05
+    )
 
 
 def test_a_large_ridge_leaves_the_zero_probe() -> None:
@@ -141,7 +145,16 @@ def test_a_ridge_that_is_no_ridge() -> None:
     inputs = operands(plx.LLA)
     for ridge, message in ((0.0, "positive"), (torch.ones(7), "broadcast")):
         with pytest.raises(InputError, match=message):
-            torch.compile(lambda *x, ridge=ridge: plx.attention(*x, spec=plx.LLA, enable_gqa=True, ridge=ridge))(*inputs)
+            torch.compile(lambda *x, ridge=ridge: plx.attention(*x, spec=plx.LLA, enable_gqa=True, ridge=ridge))(
+                *inputs
+            )
+
+
+def test_the_layer_takes_members_that_find_their_probe() -> None:
+    layer = plx.nn.ParallaxAttention(16, 2, spec=plx.LLA, dtype=torch.float64)
+    assert layer.r_proj is None
+    x = torch.randn(1, 20, 16, dtype=torch.float64)
+    torch.testing.assert_close(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), layer(x))
 
 
 def test_explain_counts_the_stage_in_front() -> None:

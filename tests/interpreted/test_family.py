@@ -60,7 +60,9 @@ def solved_budget(spec: plx.AttentionSpec, inputs: list[Tensor]) -> float:
     return budget(relative_error(rounded, exact.out), inputs[0].dtype)
 
 
-@pytest.mark.parametrize(("dtype", "ridge"), [(torch.bfloat16, 1.0), (torch.bfloat16, 0.1), (torch.float32, 0.1)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "ridge"), [(torch.bfloat16, 1.0), (torch.bfloat16, 0.1), (torch.float32, 0.1)], ids=str
+)
 def test_local_linear_attention(dtype: torch.dtype, ridge: float) -> None:
     spec = plx.LLA.replace(probe=plx.Solved(ridge), mask_mod=CAUSAL)
     inputs = operands(70, 70, 20, False, dtype)
