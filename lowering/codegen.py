@@ -213,6 +213,7 @@ class Recorder:
         self._every = max_autotune or self._candidate.any
         self._graphs: list[GeneratedGraph] = []
         self._offered: dict[str, tuple[Mapping[str, Any], ...]] = {}
+        self._filled: dict[str, list[dict[str, Any]]] = {}
         self.backend = compat.compile_backend(self._compile)
 
     def code(self) -> GeneratedCode:
@@ -262,14 +263,15 @@ class Recorder:
         if stage is None:  # a choice that is not about a stage of ours: a matrix product of the caller's
             return choices[:1]
         self._offered[stage] = tuple(MappingProxyType(_parameters_of(choice)) for choice in choices)
+        self._filled.setdefault(stage, []).extend(map(_parameters_of, choices))
         return [choices[self._candidate.index(stage, len(choices))]]
 
     def _kernel(self, name: str, source: str, direction: Direction) -> GeneratedKernel:
         parameters = _parameters_in(source) if name.startswith(_TEMPLATE_KERNELS) else {}
         stage = None
-        for known, offered in self._offered.items():
-            # Each stage's template is filled with its own set of switches and tiles.
-            if parameters and any(parameters.items() >= filled.items() for filled in map(dict, offered)):
+        for known, instances in self._filled.items():
+            # Each stage's template is filled with its own set of switches and tiles, and may be instantiated more than once.
+            if parameters and any(parameters.items() >= filled.items() for filled in instances):
                 stage = known
         return GeneratedKernel(name, source, direction, stage, MappingProxyType(parameters))
 

@@ -579,7 +579,8 @@ def _lower_solve(*arguments: Any) -> Any:
         [mod.value, mod.value, call.mask],
         {
             "HAS_RIGHT": right is not None,
-            "TOLERANCE": solver["tolerance"],
+            # The reciprocal, because Inductor's description of a choice breaks at the minus of 1e-06.
+            "INVERSE_TOLERANCE": round(1.0 / solver["tolerance"]),
             "MAX_ITERATIONS": solver["max_iterations"],
         },
         grid=(plan.problem.batch, plan.problem.q_heads, plan.problem.q_length),

@@ -32,6 +32,7 @@ from torch import Tensor
 from torch._C import DispatchKey
 
 from . import dense
+from .mod_graphs import differentiated_buffers
 from .torch_compat import (
     HigherOrderOperator,
     ProxyTorchDispatchMode,
@@ -250,13 +251,18 @@ def _backward_fake(
         for tensor, needed in zip((query, key, value, probe), needs_grad, strict=True)
     ]
 
-    def buffer_grads(buffers: tuple) -> tuple:
+    def buffer_grads(joint: Mod, buffers: tuple) -> tuple:
+        # Inductor runs this again on tensors that no longer know what requires a gradient: there the traced graph says it.
+        if isinstance(joint, torch.fx.GraphModule):
+            wanted = differentiated_buffers(joint)
+        else:
+            wanted = tuple(isinstance(buffer, Tensor) and buffer.requires_grad for buffer in buffers)
         return tuple(
-            buffer.new_empty(buffer.shape) if isinstance(buffer, Tensor) and buffer.requires_grad else None
-            for buffer in buffers
+            buffer.new_empty(buffer.shape) if want else None for buffer, want in zip(buffers, wanted, strict=True)
         )
 
-    return (*grads, buffer_grads(score_mod_buffers), buffer_grads(covariance_mod_buffers))  # type: ignore[return-value]
+    captured = (score_mod_buffers, covariance_mod_buffers)
+    return (*grads, *map(buffer_grads, joint_graphs, captured))  # type: ignore[return-value]
 
 
 # --- tracing --------------------------------------------------------------------------------------------------------

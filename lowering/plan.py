@@ -134,10 +134,7 @@ def make_plan(problem: Problem) -> Plan:
 
 def _probe_stages(problem: Problem) -> list[Stage]:
     if problem.solved:
-        return [
-            _solve(problem, "forward", "the probe of each row by its ridge system, which is never formed"),
-            _solution_product(problem, "forward", "one product at the solution: what its gradient goes through"),
-        ]
+        return [_solve(problem, "forward", "the probe of each row by its ridge system, which is never formed")]
     if problem.probe_steps:
         passes = problem.probe_steps
         products = passes * 2 * problem.score_products - (2 if problem.has_probe else 0)
@@ -151,7 +148,15 @@ def _probe_backward(problem: Problem) -> list[Stage]:
     if problem.solved:
         return [
             _solve(problem, "backward", "implicit differentiation: the same systems for the probe's gradient"),
-            _solution_product(problem, "backward", "the gradient of one product, whatever the solver took"),
+            Stage(
+                name="solution_product",
+                algorithm="streaming",
+                direction="backward",
+                products=(problem.score_products + 2 + 2 * problem.score_products + 7, 0),
+                reads=("query", "key", "probe"),
+                writes=("grad_query", "grad_key"),
+                reason="one product at the solution, forward and back, whatever the iterations took",
+            ),
         ]
     if problem.probe_steps:
         products = problem.probe_steps * (2 * problem.score_products + 7)
@@ -168,13 +173,6 @@ def _solve(problem: Problem, direction: Literal["forward", "backward"], reason: 
         (("query", "key"), ("probe",)) if direction == "forward" else (("query", "key", "probe"), ("grad_probe",))
     )
     return Stage("core_solve", "conjugate gradients", direction, (products, 0), reads, writes, reason)
-
-
-def _solution_product(problem: Problem, direction: Literal["forward", "backward"], reason: str) -> Stage:
-    forward = problem.score_products + 2
-    products = forward if direction == "forward" else 2 * problem.score_products + 7
-    writes = () if direction == "forward" else ("grad_query", "grad_key")
-    return Stage("solution_product", "streaming", direction, (products, 0), ("query", "key", "probe"), writes, reason)
 
 
 def _probe(problem: Problem, *names: str) -> tuple[str, ...]:

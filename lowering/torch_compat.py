@@ -37,7 +37,7 @@ from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, set_origi
 from torch.nn.attention.flex_attention import _vmap_for_bhqkv
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
-from ..errors import InputTypeError
+from ..errors import InputTypeError, UnsupportedError
 
 __all__ = [
     "FENCED",
@@ -197,6 +197,15 @@ def result_problem(value: Any, *, is_mask: bool) -> str | None:
     return None
 
 
+def sums_by_atomics(device: torch.device, captured: Sequence[Any]) -> bool:
+    """Whether gradients of ``captured`` would be summed in an order that the user has forbidden to vary."""
+    if device.type == "cpu" or not torch.is_grad_enabled() or not torch.are_deterministic_algorithms_enabled():
+        return False
+    if torch.is_deterministic_algorithms_warn_only_enabled():
+        return False
+    return any(isinstance(value, Tensor) and value.requires_grad for value in captured)
+
+
 def register_dynamo_operator(
     op: HigherOrderOperator, *, mods: dict[int, str], names: dict[int, str], on_trace: Callable[[], None]
 ) -> None:
@@ -226,6 +235,15 @@ def register_dynamo_operator(
         problem = result_problem(value, is_mask=mods[position] == "mask_fn")
         if problem is not None:
             raise _traced_error(InputTypeError, exc)(f"{names[position]} {problem}")
+
+    def _check_deterministic(query: Any, captured: Sequence[Any], position: int) -> None:
+        values = [proxy.node.meta.get("example_value") for proxy in captured]
+        if mods[position] == "score_mod" and sums_by_atomics(query.device, values):
+            raise _traced_error(UnsupportedError, exc)(
+                f"the gradient of a tensor captured by {names[position]} is summed by atomic additions on a GPU, whose order "
+                "differs between runs, which torch.use_deterministic_algorithms(True) forbids. Detach the tensor, or pass "
+                "warn_only=True."
+            )
 
     def _specialized(argument: Any, tx: Any) -> Any:
         # Dynamo makes a number that changed between calls a symbol. Scale, switches and kernel options are constants of the
@@ -259,6 +277,7 @@ def register_dynamo_operator(
                     mod = mod.items[-1]
                 nodes[position], captured = self.create_wrapped_node(tx, score_like, mod, name)
                 _check_result(tx.output.nn_modules[nodes[position].node.target], position)
+                _check_deterministic(query, captured, position)
                 lifted.append(captured)
             keep = [i for i in range(len(plain)) if mods.get(i) != "score_mod"]
             proxies, _ = proxy_args_kwargs([plain[i] for i in keep], {})

@@ -190,7 +190,7 @@ def test_a_solved_probe_is_a_stage_in_front_of_the_core() -> None:
     q, k, v, _ = operands()
     code = codegen.generate(lambda *x: plx.attention(*x, spec=plx.LLA, enable_gqa=True), (q, k, v), target="sm_90")
     stages = [kernel.stage for kernel in code.kernels if kernel.stage]
-    # Forward: the solve, its one differentiable product, the core. Backward: the core's, the adjoint solve, the product's.
+    # Forward: the solve and the core. Backward: the core's, the adjoint solve, and one product at the solution with its own.
     assert sorted(stages) == sorted(
         ["core_solve", "core_forward"] * 2 + ["core_backward_query", "core_backward_key"] * 2
     )

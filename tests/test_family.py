@@ -162,7 +162,6 @@ def test_explain_counts_the_stage_in_front() -> None:
     plan = plx.explain(plx.LLA.replace(mask_mod=CAUSAL), q, q, q, target="sm_90").plan
     assert [(stage.name, stage.direction) for stage in plan.stages] == [
         ("core_solve", "forward"),
-        ("solution_product", "forward"),
         ("core_forward", "forward"),
         ("row_terms", "backward"),
         ("core_backward_query", "backward"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from parallax_compile.lowering import cache_key, torch_compat
 
 
@@ -31,3 +32,24 @@ def test_the_cache_salt_follows_templates_and_lowering(monkeypatch: pytest.Monke
     texts = cache_key.templates.texts()
     monkeypatch.setattr(cache_key.templates, "texts", lambda: [texts[0] + b" ", *texts[1:]])
     assert cache_key._digest() != before
+
+
+@pytest.mark.parametrize(
+    ("device", "requires_grad", "warn_only", "refused"),
+    [
+        ("cuda", True, False, True),
+        ("cuda", False, False, False),
+        ("cuda", True, True, False),
+        ("cpu", True, False, False),
+    ],
+)
+def test_captured_gradients_are_refused_where_their_order_may_not_vary(
+    device: str, requires_grad: bool, warn_only: bool, refused: bool
+) -> None:
+    captured = [torch.ones(2, requires_grad=requires_grad), 3]
+    assert not torch_compat.sums_by_atomics(torch.device(device), captured)
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
+    try:
+        assert torch_compat.sums_by_atomics(torch.device(device), captured) == refused
+    finally:
+        torch.use_deterministic_algorithms(False)
