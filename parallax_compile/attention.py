@@ -319,7 +319,8 @@ def _empty(query: Tensor, value: Tensor, operands: tuple[Tensor, ...]) -> tuple[
     connection = sum(tensor[..., :0].sum() for tensor in operands)
     out = query.new_zeros((*query.shape[:3], value.size(3))) + connection
     rows = torch.zeros(query.shape[:3], dtype=torch.float32, device=query.device)
-    return out, AuxOutput(lse=rows - float("inf"), probe_mean=rows, value_mean=out)
+    none = rows.to(torch.int32)
+    return out, AuxOutput(lse=rows - float("inf"), probe_mean=rows, value_mean=out, iterations=none, residual=rows)
 
 
 # --- parts ----------------------------------------------------------------------------------------------------------

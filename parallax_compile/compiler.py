@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from .errors import InputError, InputTypeError
+from .replacement import check_member, replacing
+from .spec import AttentionSpec
 
 __all__ = ["backend", "parallax_compile"]
 
@@ -61,6 +63,7 @@ def parallax_compile(  # type: ignore[misc]
     dynamic: bool | None = None,
     mode: str | None = None,
     options: dict[str, Any] | None = None,
+    replace_sdpa: AttentionSpec | None = None,
 ) -> Any:
     """Compile a function, a module class or a module instance, so that its attention runs fused.
 
@@ -71,16 +74,33 @@ def parallax_compile(  # type: ignore[misc]
             ``@parallax_compile(mode="max-autotune")``.
         fullgraph, dynamic, options: as for ``torch.compile``.
         mode: as for ``torch.compile``; ``"max-autotune"`` times every candidate kernel.
+        replace_sdpa: a member without a learned probe, by which every ``F.scaled_dot_product_attention`` inside is computed:
+            masks, causality, scale and grouped queries are kept; dropout is refused. ``flex_attention`` is not replaced.
 
     Raises:
-        InputTypeError: ``obj`` is none of these.
-        InputError: an unknown mode.
+        InputTypeError: ``obj`` is none of these, or ``replace_sdpa`` is no spec.
+        InputError: an unknown mode; a ``replace_sdpa`` whose probe is learned.
     """
     if mode is not None and mode not in _MODES:
         raise InputError(f"mode must be one of {', '.join(_MODES)} or None, but got {mode!r}.")
-    settings = {"fullgraph": fullgraph, "dynamic": dynamic, "options": {**(options or {})}, "mode": mode}
+    if replace_sdpa is not None:
+        check_member(replace_sdpa)
+    settings = {
+        "replace_sdpa": replace_sdpa,
+        "fullgraph": fullgraph,
+        "dynamic": dynamic,
+        "options": {**(options or {})},
+        "mode": mode,
+    }
     if obj is None:
-        return functools.partial(parallax_compile, fullgraph=fullgraph, dynamic=dynamic, mode=mode, options=options)
+        return functools.partial(
+            parallax_compile,
+            fullgraph=fullgraph,
+            dynamic=dynamic,
+            mode=mode,
+            options=options,
+            replace_sdpa=replace_sdpa,
+        )
     if isinstance(obj, type):
         if not issubclass(obj, nn.Module):
             raise InputTypeError(f"parallax_compile takes nn.Module classes, but got the class {obj.__qualname__}.")
@@ -97,6 +117,8 @@ def parallax_compile(  # type: ignore[misc]
 def _compiled(fn: Callable[..., Any], settings: dict[str, Any]) -> Callable[..., Any]:
     options = dict(settings["options"])
     mode = settings["mode"]
+    if settings["replace_sdpa"] is not None:
+        fn = replacing(fn, settings["replace_sdpa"])
     return torch.compile(
         fn,
         backend=functools.partial(backend, options=options, mode=mode),

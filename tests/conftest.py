@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 _CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
@@ -23,6 +24,10 @@ _M_PERTURB = -6  # glibc's malloc.h
 _FILL_WITH_NAN = 0x100
 
 _own_caches: list[str] = []
+
+# How fast examples are made says how busy the machine is, not whether the code is right.
+hypothesis.settings.register_profile("parallax", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("parallax")
 
 
 def _prepare_environment() -> None:

@@ -100,6 +100,14 @@ def test_the_solver_reports_iterations_and_residual() -> None:
     assert float(aux.residual.max()) < 1e-9
 
 
+def test_no_keys_take_no_iterations() -> None:
+    q, empty = torch.randn(1, 2, 5, 4), torch.randn(1, 2, 0, 4)
+    request = plx.AuxRequest(iterations=True, residual=True)
+    call = torch.compile(lambda *x: plx.attention(*x, spec=plx.LLA, return_aux=request), fullgraph=True)
+    out, aux = call(q, empty, empty)
+    assert not out.any() and not aux.iterations.any() and not aux.residual.any()
+
+
 def test_lse_at_infinite_bandwidth_counts_keys() -> None:
     spec = plx.AFFINE_LINEAR.replace(mask_mod=CAUSAL)
     call = torch.compile(lambda *x: plx.attention(*x, spec=spec, enable_gqa=True, return_lse=True), fullgraph=True)
