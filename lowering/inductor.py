@@ -551,6 +551,8 @@ def _lower_solve(*arguments: Any) -> Any:
     query = arguments[0]
     if query.get_device().type == "cpu":
         return cpu.lower(cpu.solve, arguments)
+    # A solution that is known comes back at the autograd key, so that no graph holds such a call: solving again would lose it.
+    assert arguments[3] is None
     _, key, right, _, ridge, score, block_mask, scale, intercept, solver, *buffers = arguments
     mod = _forward_mod(score, buffers[0], query.get_device())
     options = {name: option for name, option in solver.items() if name not in ("tolerance", "max_iterations")}

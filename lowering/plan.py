@@ -136,9 +136,9 @@ def _probe_stages(problem: Problem) -> list[Stage]:
     if problem.solved:
         return [_solve(problem, "forward", "the probe of each row by its ridge system, which is never formed")]
     if problem.probe_steps:
-        passes = problem.probe_steps
-        products = passes * 2 * problem.score_products - (2 if problem.has_probe else 0)
-        reason = f"{passes} steps, each the core with the keys in the values' place"
+        # The first step starts from 0: no probe score, and one product with the keys.
+        products = (problem.probe_steps - 1) * (problem.score_products + 2) + problem.score_products
+        reason = f"{problem.probe_steps} steps, each the core with the keys in the values' place"
         reads, writes = ("query", "key"), ("probe",)
         return [Stage("gradient_steps", "gradient steps", "forward", (products, 0), reads, writes, reason)]
     return []

@@ -111,6 +111,7 @@ def explain(
     validation.check_mods(spec, score_mod, covariance_mod)
     validation.check_block_mask(block_mask, query, key)
     validation.check_compiled(query, value, spec)
+    # A probe that a stage finds is differentiated like the query that it comes from.
     tensors = (query, key, value, query if spec.probe.kind in ("solved", "gradient") else probe)
     needs = tuple(tensor is not None and tensor.requires_grad for tensor in tensors)
     if backward is None:
