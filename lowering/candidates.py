@@ -100,6 +100,19 @@ _TABLE: dict[tuple[str, bool, int], _Row] = {
     ("core_solve", False, 64): ((32, 32, 4, 2), (16, 16, 4, 1)),
     ("core_solve", False, 128): ((16, 32, 4, 1), (16, 16, 4, 1)),
     ("core_solve", False, 256): ((16, 16, 8, 1), (16, 16, 4, 1)),
+    # Of a scan, BLOCK_N is the number of the values' columns that a program takes.
+    ("scan_totals", True, 64): ((64, 64, 4, 3), (64, 64, 4, 2)),
+    ("scan_totals", True, 128): ((64, 64, 4, 3), (64, 128, 8, 3), (64, 64, 4, 2), (32, 32, 4, 2)),
+    ("scan_totals", True, 256): ((64, 64, 8, 2), (32, 32, 4, 2), (32, 16, 4, 1)),
+    ("scan_totals", False, 64): ((32, 32, 4, 2), (32, 16, 4, 1)),
+    ("scan_totals", False, 128): ((32, 32, 8, 2), (16, 16, 4, 1)),
+    ("scan_totals", False, 256): ((16, 16, 8, 1), (16, 16, 4, 1)),
+    ("scan_product", True, 64): ((64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3)),
+    ("scan_product", True, 128): ((64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 8, 2), (64, 32, 4, 3), (32, 32, 4, 2)),
+    ("scan_product", True, 256): ((64, 32, 8, 2), (32, 32, 4, 2), (32, 16, 4, 1)),
+    ("scan_product", False, 64): ((32, 32, 4, 2), (32, 16, 4, 1)),
+    ("scan_product", False, 128): ((32, 32, 8, 1), (16, 16, 4, 1)),
+    ("scan_product", False, 256): ((16, 16, 8, 1), (16, 16, 4, 1)),
 }
 # Without a probe a stage holds half of the accumulators and tiles, so that other tiles are best.
 _TABLE_WITHOUT_PROBE: dict[tuple[str, bool, int], _Row] = {
@@ -150,6 +163,8 @@ _TABLE_WITHOUT_PROBE: dict[tuple[str, bool, int], _Row] = {
 _OPTION_PREFIXES = {
     "core_forward": ("", "fwd_"),
     "core_solve": ("", "solve_"),
+    "scan_totals": ("", "totals_"),
+    "scan_product": ("", "scan_"),
     "core_backward_query": ("", "bwd_", "bwd_query_"),
     "core_backward_key": ("", "bwd_", "bwd_key_"),
 }
@@ -176,11 +191,15 @@ def shared_memory(stage: str, candidate: Candidate, width: int, value_width: int
         stay, stream = bm * query_side, bn * (d + dv)
     elif stage == "core_solve":
         stay, stream = bm * query_side, bn * d
+    elif stage == "scan_totals":
+        stay, stream = 0, bm * (d + bn)
+    elif stage == "scan_product":
+        stay, stream = d * bn, bm * (2 * d + bn)
     elif stage == "core_backward_query":
         stay, stream = bm * (query_side + dv), bn * (d + dv)
     else:
         stay, stream = bn * (d + dv), bm * (query_side + dv)
-    scores = bm * bn
+    scores = bm * (bm if stage == "scan_product" else bn)
     return itemsize * (stay + stream * max(1, candidate.num_stages) + scores)
 
 
@@ -200,7 +219,7 @@ def candidates(
     """Feasible candidates for ``stage``, best first, at least one.
 
     Args:
-        stage: ``core_forward``, ``core_backward_query``, ``core_backward_key`` or ``core_solve``.
+        stage: a stage that is a template.
         width, value_width: ``D`` and ``Dv``.
         itemsize: bytes of an element of the inputs.
         has_probe: whether a probe tile is held too.

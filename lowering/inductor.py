@@ -190,7 +190,7 @@ def _call(
 # --- instances of templates -----------------------------------------------------------------------------------------
 
 
-def _layouts() -> list[Any]:
+def node_layouts() -> list[Any]:
     """The layouts of the node's results as its fake promised them; None for a result that is left out."""
 
     def expression(size: Any) -> Any:
@@ -212,12 +212,12 @@ def _allocate(layout: Any) -> Any:
     return inductor.empty_strided(layout.size, layout.stride, dtype=layout.dtype, device=layout.device)
 
 
-def _precision() -> str:
+def precision() -> str:
     """Precision of float32 products: what ``torch.set_float32_matmul_precision`` says, as flex_attention has it."""
     return "'ieee'" if torch.get_float32_matmul_precision() == "highest" else "'tf32'"
 
 
-def _shared_memory_limit(device: torch.device) -> int:
+def shared_memory_limit(device: torch.device) -> int:
     properties = torch.cuda.get_device_properties(device)
     return getattr(properties, "shared_memory_per_block_optin", 101376)
 
@@ -297,7 +297,7 @@ def _instantiate(
         "HAS_FULL_BLOCKS": has_full,
         "Q_BLOCK": blocks.q_block,
         "KV_BLOCK": blocks.kv_block,
-        "PRECISION": _precision(),
+        "PRECISION": precision(),
         "LOG2E": LOG2E,
         "LN2": LN2,
         **switches,
@@ -306,7 +306,7 @@ def _instantiate(
         stage,
         **shape,
         has_probe=problem.has_probe,
-        shared_memory_limit=_shared_memory_limit(call.device),
+        shared_memory_limit=shared_memory_limit(call.device),
         tma=_tma_possible(call.device, [inputs[name] for name in ("Q", "K", "V", "R", "GRAD_OUT") if name in inputs]),
         options=call.options,
         **sparse_sizes,
@@ -504,7 +504,7 @@ def _lower_forward(*arguments: Any) -> Any:
     call = _call((query, key, value, probe), block_mask, mods, buffers[2], scale, intercept, options)
     # Whether a backward follows is all that the forward needs to know of the gradients.
     plan = make_plan(call.problem((True,) * 4 if saves else None))
-    return _core_forward(call, plan, _layouts())
+    return _core_forward(call, plan, node_layouts())
 
 
 @inductor.register_lowering(attention_backward, type_promotion_kind=None)
@@ -531,7 +531,7 @@ def _lower_backward(*arguments: Any) -> Any:
         for name, node in named.items()
     }
     named = dict(zip(named, _realized(list(named.values())), strict=True))
-    layouts = _layouts()
+    layouts = node_layouts()
     grads = dict.fromkeys(("query", "key", "value", "probe"))
     for stage in plan.direction("backward"):
         if stage.name == "core_backward_query":
@@ -565,7 +565,7 @@ def _lower_solve(*arguments: Any) -> Any:
         for node in (right, ridge)
     ]
     right, ridge = _realized(dense)
-    layout, iterations_layout, residual_layout = _layouts()
+    layout, iterations_layout, residual_layout = node_layouts()
     iterations, residual = _allocate(iterations_layout), _allocate(residual_layout)
     inputs = {"Q": call.query, "K": call.key}
     if right is not None:

@@ -119,6 +119,14 @@ class Plan:
         return Cost(flops, float(moved))
 
 
+def chunked_scan(uniform: bool, covariance_mod: bool) -> bool:
+    """Whether a call's sums may run along the sequence, in linear time, where its mask is a causal prefix or none.
+
+    At infinite bandwidth they may, unless a covariance_mod stands between the probe's products and the sum: it has no state.
+    """
+    return uniform and not covariance_mod
+
+
 def make_plan(problem: Problem) -> Plan:
     """Choose the stages of ``problem``.
 

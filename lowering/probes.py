@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import scan
 from .operator import attention_forward, statistics_dtype
 from .solve import attention_solve
 
@@ -25,12 +26,19 @@ MAX_ITERATIONS_PER_WIDTH = 4
 
 
 class Weights(NamedTuple):
-    """What the weights ``p`` of the core depend on beside queries and keys."""
+    """What the weights ``p`` of the core depend on beside queries and keys.
+
+    Attributes:
+        prefix: the keys of each row, where their weights are uniform and the sums run (:mod:`.scan`); else None.
+        initial: with ``prefix``, the sums over the keys before.
+    """
 
     score_mod: Mod
     block_mask: tuple
     scale: float
     kernel_options: dict[str, Any]
+    prefix: scan.Prefix | None = None
+    initial: scan.State | None = None
 
 
 class ProbeStage(NamedTuple):
@@ -47,6 +55,13 @@ def _identity(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor
 
 def _core(query: Tensor, key: Tensor, value: Tensor, probe: Tensor | None, weights: Weights, intercept: bool) -> Any:
     """``out`` and LSE of the core."""
+    if weights.prefix is not None:
+        initial = None
+        if weights.initial is not None:  # the products here have the keys in the values' place
+            state = weights.initial
+            initial = scan.State(state.count, state.key_key, state.key_sum, state.key_sum)
+        found = scan.attention(query, key, value, probe, weights.prefix, intercept, initial=initial)
+        return found.out, found.lse
     out, _, lse, _ = attention_forward(
         query,
         key,
@@ -105,7 +120,7 @@ def solved(query: Tensor, key: Tensor, lam: Tensor, weights: Weights, intercept:
     }
 
     def solve(right: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        score_mod, block_mask, scale, _ = weights
+        score_mod, block_mask, scale = weights[:3]
         return attention_solve(q, k, right, known, ridge, score_mod, block_mask, scale, intercept, solver)
 
     found, iterations, residual = solve(None, None)
@@ -132,11 +147,30 @@ def gradient(
 
 def _trace(query: Tensor, key: Tensor, weights: Weights, intercept: bool) -> Tensor:
     """``trace C = sum_j p_j |k_j|^2``, less ``|mean key|^2`` with intercept."""
-    if not intercept:
-        squares, _ = _core(query, key, key.square().sum(-1, keepdim=True), None, weights, True)
-        return squares.squeeze(-1).to(statistics_dtype(query))
+    dtype = statistics_dtype(query)
     # About a mean of all keys, because the trace does not see it and its square would drown the rest.
-    centred = key - key.detach().mean(2, keepdim=True)
-    squares, _ = _core(query, key, centred.square().sum(-1, keepdim=True), None, weights, True)
-    mean, _ = _core(query, key, centred, None, weights, True)
-    return squares.squeeze(-1).to(statistics_dtype(query)) - mean.to(statistics_dtype(query)).square().sum(-1)
+    center = key.detach().mean(2, keepdim=True) if intercept else None
+    centred = key if center is None else key - center
+    squares, _ = _core(query, key, centred.square().sum(-1, keepdim=True), None, _moved(weights, center, True), True)
+    if center is None:
+        return squares.squeeze(-1).to(dtype)
+    mean, _ = _core(query, key, centred, None, _moved(weights, center, False), True)
+    return squares.squeeze(-1).to(dtype) - mean.to(dtype).square().sum(-1)
+
+
+def _moved(weights: Weights, center: Tensor | None, squares: bool) -> Weights:
+    """``weights`` whose state before the keys holds the sum of ``k - center``, or of its squares, in the keys' place."""
+    state = weights.initial
+    if state is None:
+        return weights
+    assert state.key_sum is not None and state.key_key is not None
+    total = state.key_sum
+    if squares:
+        total = state.key_key.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+    if center is not None:
+        shift, count = center[:, :, 0].to(total.dtype), state.count.to(total.dtype)[:, None, None]
+        if squares:
+            total = total + (shift * (count * shift - 2 * state.key_sum)).sum(-1, keepdim=True)
+        else:
+            total = total - count * shift
+    return weights._replace(initial=state._replace(key_sum=total))

@@ -13,6 +13,7 @@ from .attention import AuxOutput, AuxRequest, attention, flex_attention
 from .compiler import parallax_compile
 from .explanation import Explanation, explain
 from .inspection import Inspection, inspect
+from .lowering.scan import State
 from .spec import (
     AFFINE_LINEAR,
     AFFINE_MESA,
@@ -53,6 +54,7 @@ __all__ = [
     "Inspection",
     "Learned",
     "Solved",
+    "State",
     "Zero",
     "attention",
     "errors",

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from . import reference, validation
+from . import masks, reference, validation
 from .block_masks import combined_block_mask
 from .errors import InputError, InputTypeError
-from .lowering import probes
+from .lowering import probes, scan
 from .lowering.cache_key import CACHE_SALT
 from .lowering.dense import allowed_pairs
 from .lowering.operator import attention_forward
+from .lowering.plan import chunked_scan
+from .lowering.scan import State
 from .lowering.torch_compat import mark_static, raise_input, result_problem, vectorize_mod
 from .spec import PARALLAX, SOFTMAX, AttentionSpec, Gradient, Solved
 
@@ -39,7 +41,8 @@ class AuxRequest(NamedTuple):
         probe_mean: ``t = sum_j p_j s2_j``.
         value_mean: ``sum_j p_j v_j``, the softmax attention of the same scores.
         iterations, residual: of the solver, for members with a solved or gradient probe.
-        state: final state of the chunked scan (infinite bandwidth).
+        state: the sums after the last key, a :class:`~parallax_compile.State` (infinite bandwidth without a
+            covariance_mod, under a causal mask or none): what ``initial_state=`` takes for the keys that follow.
     """
 
     lse: bool = False
@@ -60,7 +63,7 @@ class AuxOutput(NamedTuple):
     value_mean: Tensor | None = None
     iterations: Tensor | None = None
     residual: Tensor | None = None
-    state: Any = None
+    state: State | None = None
 
 
 def attention(
@@ -78,6 +81,7 @@ def attention(
     return_lse: bool = False,
     return_aux: Any = None,
     ridge: Tensor | float | None = None,
+    initial_state: State | None = None,
     kernel_options: dict[str, Any] | None = None,
 ) -> Any:
     """Attention of the local-linear family: ``out = value mean - Cov_p(s2, v)`` for Parallax, and its relatives.
@@ -95,6 +99,8 @@ def attention(
         return_lse: return ``(out, lse)``.
         return_aux: an :class:`AuxRequest`; return ``(out, AuxOutput)``.
         ridge: overrides the spec's ridge; broadcastable to ``[B, Hq, Lq]``, differentiable.
+        initial_state: sums over keys before these, which every row of the first run (document) sees too: what an earlier call
+            returned as ``state``. Differentiable.
         kernel_options: of the compiled kernels: ``BLOCK_M, BLOCK_N, num_warps, num_stages``; ``USE_TMA`` (bool): whether
             loops read through tensor descriptors; ``HELD_TILES``: how many of the tiles that stay are kept in registers.
             Each also with the prefix ``fwd_``, ``bwd_``, ``bwd_query_``, ``bwd_key_`` or ``solve_``.
@@ -125,16 +131,25 @@ def attention(
 
     score_mod = _compose(spec.score_mod, score_mod)
     covariance_mod = _compose(spec.covariance_mod, covariance_mod)
+    prefix = None
+    if block_mask is None and chunked_scan(spec.bandwidth.kind == "infinite", covariance_mod is not None):
+        prefix = masks.prefix(spec.mask_mod, query.size(2), key.size(2))
+    stateful = request.state or initial_state is not None
+    if stateful:
+        validation.check_state(initial_state, spec, query, key, value, prefix is not None)
     if torch.compiler.is_dynamo_compiling():
         run = _compiled
     else:
         _warn_unfused()
-        run = _uncompiled
-    out, aux = run(query, key, value, probe, spec, score_mod, covariance_mod, block_mask, scale, ridge, kernel_options)
+        # A state is sums, of which the reference knows nothing; the same sums in plain torch.
+        run = _summed if stateful else _uncompiled
+    call = _Call(query, key, value, probe, spec, score_mod, covariance_mod, block_mask, scale, ridge, kernel_options)
+    call = call._replace(prefix=prefix, initial=initial_state, request=request)
+    out, aux = run(call)
     if request.value_mean and aux.value_mean is None:
         # The value mean is the softmax member on the same scores and mask; asking for it is rare, so it is a call.
-        softmax = SOFTMAX.replace(mask_mod=spec.mask_mod)
-        mean, _ = run(query, key, value, None, softmax, score_mod, None, block_mask, scale, None, kernel_options)
+        softmax = SOFTMAX.replace(mask_mod=spec.mask_mod, bandwidth=spec.bandwidth)
+        mean, _ = run(call._replace(probe=None, spec=softmax, covariance_mod=None, ridge=None))
         aux = aux._replace(value_mean=mean)
     if return_lse:
         return out, aux.lse
@@ -145,6 +160,7 @@ def attention(
             value_mean=aux.value_mean if request.value_mean else None,
             iterations=aux.iterations if request.iterations else None,
             residual=aux.residual if request.residual else None,
+            state=aux.state if request.state else None,
         )
     return out
 
@@ -184,19 +200,31 @@ def flex_attention(
 # --- the two behaviours ---------------------------------------------------------------------------------------------
 
 
-def _uncompiled(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    probe: Tensor | None,
-    spec: AttentionSpec,
-    score_mod: ScoreMod | None,
-    covariance_mod: ScoreMod | None,
-    block_mask: BlockMask | None,
-    scale: float | None,
-    ridge: Tensor | float | None,
-    kernel_options: dict[str, Any] | None,
-) -> tuple[Tensor, AuxOutput]:
+class _Call(NamedTuple):
+    """A checked call: the arguments of :func:`attention`, with the mods of the spec and of the call composed.
+
+    Attributes:
+        prefix: the keys of each row, where the member's sums run; else None.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    probe: Tensor | None
+    spec: AttentionSpec
+    score_mod: ScoreMod | None
+    covariance_mod: ScoreMod | None
+    block_mask: BlockMask | None
+    scale: float | None
+    ridge: Tensor | float | None
+    kernel_options: dict[str, Any] | None
+    prefix: scan.Prefix | None = None
+    initial: State | None = None
+    request: AuxRequest = AuxRequest()
+
+
+def _uncompiled(call: _Call) -> tuple[Tensor, AuxOutput]:
+    query, key, spec, block_mask = call.query, call.key, call.spec, call.block_mask
     index = [torch.arange(n, device=query.device) for n in (*query.shape[:3], key.size(2))]
 
     def dense(mod: ScoreMod | None, name: str) -> Callable[[Tensor], Tensor] | None:
@@ -229,14 +257,14 @@ def _uncompiled(
     result = reference.attention(
         query,
         key,
-        value,
-        probe,
+        call.value,
+        call.probe,
         spec=spec,
-        score_mod=dense(score_mod, "score_mod"),
-        covariance_mod=dense(covariance_mod, "covariance_mod"),
+        score_mod=dense(call.score_mod, "score_mod"),
+        covariance_mod=dense(call.covariance_mod, "covariance_mod"),
         mask=mask,
-        scale=scale,
-        ridge=ridge,
+        scale=call.scale,
+        ridge=call.ridge,
     )
     return result.out, AuxOutput(
         lse=result.lse,
@@ -247,40 +275,20 @@ def _uncompiled(
     )
 
 
-def _compiled(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    probe: Tensor | None,
-    spec: AttentionSpec,
-    score_mod: ScoreMod | None,
-    covariance_mod: ScoreMod | None,
-    block_mask: BlockMask | None,
-    scale: float | None,
-    ridge: Tensor | float | None,
-    kernel_options: dict[str, Any] | None,
-) -> tuple[Tensor, AuxOutput]:
+def _compiled(call: _Call) -> tuple[Tensor, AuxOutput]:
+    query, key, value, probe, spec = call[:5]
     validation.check_compiled(query, value, spec)
     operands = (query, key, value) if probe is None else (query, key, value, probe)
     if query.numel() == 0 or key.numel() == 0:
-        return _empty(query, value, operands)
+        return _empty(call, operands)
     for tensor in operands:
         mark_static(tensor, -3)
         mark_static(tensor, -1)
-    block_mask = combined_block_mask(spec.mask_mod, block_mask, query, key)
-    options = dict(kernel_options) if kernel_options is not None else {}
-    options["cache_salt"] = CACHE_SALT
-    if spec.bandwidth.kind == "infinite":
-        score_mod = _uniform
-    elif score_mod is None:
-        score_mod = _identity
-    weights = probes.Weights(
-        score_mod,
-        _operands(block_mask),
-        1.0 / math.sqrt(query.size(3)) if scale is None else float(scale),
-        options,
-    )
-    stage = _probe_stage(query, key, spec, ridge, weights)
+    if call.prefix is not None:
+        return _summed(call)
+    block_mask = combined_block_mask(spec.mask_mod, call.block_mask, query, key)
+    weights = _weights(call, block_mask)
+    stage = _probe_stage(call, weights)
     if stage is not None:
         probe = stage.probe
     out, _, lse, probe_mean = attention_forward(
@@ -289,7 +297,7 @@ def _compiled(
         value,
         probe,
         weights.score_mod,
-        _identity if covariance_mod is None else covariance_mod,
+        _identity if call.covariance_mod is None else call.covariance_mod,
         weights.block_mask,
         weights.scale,
         spec.intercept,
@@ -300,22 +308,62 @@ def _compiled(
     return out, aux if stage is None else aux._replace(iterations=stage.iterations, residual=stage.residual)
 
 
-def _probe_stage(
-    query: Tensor, key: Tensor, spec: AttentionSpec, ridge: Tensor | float | None, weights: probes.Weights
-) -> probes.ProbeStage | None:
+def _summed(call: _Call) -> tuple[Tensor, AuxOutput]:
+    """Members whose sums run along the sequence, in linear time."""
+    query, key, value, probe, spec = call[:5]
+    assert call.prefix is not None
+    block_mask = combined_block_mask(spec.mask_mod, None, query, key) if isinstance(spec.probe, Solved) else None
+    stage = _probe_stage(call, _weights(call, block_mask))
+    if stage is not None:
+        probe = stage.probe
+    found = scan.attention(
+        query, key, value, probe, call.prefix, spec.intercept,
+        moment=call.request.probe_mean, initial=call.initial, save_state=call.request.state,
+    )  # fmt: skip
+    aux = AuxOutput(
+        lse=found.lse,
+        probe_mean=found.mean if call.request.probe_mean else None,
+        value_mean=found.out if probe is None else None,
+        state=found.state,
+    )
+    if stage is None:
+        return found.out, aux
+    if found.state is not None:
+        aux = aux._replace(state=found.state._replace(key_key=scan.final_products(key, call.prefix, call.initial)))
+    return found.out, aux._replace(iterations=stage.iterations, residual=stage.residual)
+
+
+def _weights(call: _Call, block_mask: BlockMask | None) -> probes.Weights:
+    options = dict(call.kernel_options) if call.kernel_options is not None else {}
+    options["cache_salt"] = CACHE_SALT
+    score_mod = _identity if call.score_mod is None else call.score_mod
+    return probes.Weights(
+        _uniform if call.spec.bandwidth.kind == "infinite" else score_mod,
+        _operands(block_mask),
+        1.0 / math.sqrt(call.query.size(3)) if call.scale is None else float(call.scale),
+        options,
+        call.prefix,
+        call.initial,
+    )
+
+
+def _probe_stage(call: _Call, weights: probes.Weights) -> probes.ProbeStage | None:
     """The stage in front of the core that finds the probe, for members whose probe is not given."""
-    kind = spec.probe
+    query, key, kind, intercept = call.query, call.key, call.spec.probe, call.spec.intercept
     if not isinstance(kind, (Solved, Gradient)):
         return None
-    given = kind.ridge if ridge is None else ridge
+    given = kind.ridge if call.ridge is None else call.ridge
     lam = probes.ridge_of_rows(query, key, given, kind.ridge_scale, weights)
     if isinstance(kind, Solved):
-        return probes.solved(query, key, lam, weights, spec.intercept)
-    return probes.gradient(query, key, lam, weights, spec.intercept, kind.steps, kind.step_size)
+        return probes.solved(query, key, lam, weights, intercept)
+    return probes.gradient(query, key, lam, weights, intercept, kind.steps, kind.step_size)
 
 
-def _empty(query: Tensor, value: Tensor, operands: tuple[Tensor, ...]) -> tuple[Tensor, AuxOutput]:
+def _empty(call: _Call, operands: tuple[Tensor, ...]) -> tuple[Tensor, AuxOutput]:
     """No rows or no keys: zeros, connected to the operands so that their gradients are zeros too."""
+    query, value = call.query, call.value
+    if call.initial is not None or call.request.state:
+        raise_input(InputError, "a state needs at least one row and one key; got none.")
     connection = sum(tensor[..., :0].sum() for tensor in operands)
     out = query.new_zeros((*query.shape[:3], value.size(3))) + connection
     rows = torch.zeros(query.shape[:3], dtype=torch.float32, device=query.device)
@@ -405,8 +453,6 @@ def _aux_request(return_lse: bool, return_aux: Any, spec: AttentionSpec) -> AuxR
     )
     if request.max_scores:
         raise_input(InputError, "return_aux asks for max_scores, which the core does not keep. Ask for lse.")
-    if request.state:
-        raise_input(InputError, "return_aux asks for a state, which this release does not return.")
     if (request.iterations or request.residual) and spec.probe.kind not in ("solved", "gradient"):
         raise_input(
             InputError,

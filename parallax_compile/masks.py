@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from .lowering.scan import Prefix
 from .spec import register_mod
 
 __all__ = [
@@ -143,9 +144,11 @@ class Document(LibraryMask):
 
     Attributes:
         ids: document of each position, integer ``[L]`` or ``[B, L]``; queries and keys share positions.
+        contiguous: a promise that each document is one run of positions, with which the sums of infinite bandwidth run.
     """
 
     ids: Tensor
+    contiguous: bool = False
 
     def __post_init__(self) -> None:
         if self.ids.dim() not in (1, 2) or self.ids.is_floating_point():
@@ -216,9 +219,15 @@ def prefix_lm(prefix_length: int) -> LibraryMask:
     return PrefixLM(prefix_length)
 
 
-def document(ids: Tensor) -> LibraryMask:
-    """Keys of the row's own document; ``ids`` integer ``[L]`` or ``[B, L]``."""
-    return Document(ids)
+def document(ids: Tensor, contiguous: bool = False) -> LibraryMask:
+    """Keys of the row's own document.
+
+    Args:
+        ids: integer ``[L]`` or ``[B, L]``.
+        contiguous: a promise, which is not checked, that each document is one run of positions, as in packed sequences
+            (:func:`document_ids`). Members of infinite bandwidth then take linear time under a causal mask.
+    """
+    return Document(ids, contiguous)
 
 
 def all_of(*parts: LibraryMask) -> LibraryMask:
@@ -227,6 +236,37 @@ def all_of(*parts: LibraryMask) -> LibraryMask:
     for part in parts:
         flat += part.parts if isinstance(part, AllOf) else (part,)
     return AllOf(tuple(flat))
+
+
+def prefix(mask_mod: MaskMod | None, q_length: int, kv_length: int) -> Prefix | None:
+    """The keys of each row as a running prefix, where the mask is one: none, causal, or causal within contiguous documents.
+
+    Args:
+        mask_mod: the spec's mask; only library masks are recognised.
+        q_length, kv_length: lengths.
+    """
+    parts: tuple[Any, ...] = mask_mod.parts if isinstance(mask_mod, AllOf) else (mask_mod,)
+    documents: list[Document] = []
+    causal_parts = 0
+    for part in parts:
+        if isinstance(part, Causal) and part.offset == 0:
+            causal_parts += 1
+        elif isinstance(part, Document) and part.contiguous:
+            documents.append(part)
+        elif part is not None and not isinstance(part, Full):
+            return None
+    if causal_parts == 0:
+        return Prefix(whole=True) if not documents else None
+    if q_length != kv_length:
+        return None
+    starts = None
+    for part in documents:
+        ids = part.ids if part.ids.dim() == 2 else part.ids[None]
+        position = torch.arange(kv_length, device=ids.device, dtype=torch.int32)
+        begins = torch.cat([torch.ones_like(ids[:, :1], dtype=torch.bool), ids[:, 1:kv_length] != ids[:, : kv_length - 1]], 1)
+        own = torch.where(begins, position, 0).cummax(1).values
+        starts = own if starts is None else torch.maximum(starts, own)
+    return Prefix(whole=False, starts=starts)
 
 
 def document_ids(cu_seqlens: Tensor, length: int) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from .errors import InputError, InputTypeError, UnsupportedError
+from .lowering.scan import State
 from .lowering.torch_compat import check_arity, raise_input
 from .spec import AttentionSpec
 
@@ -201,6 +202,46 @@ def check_ridge(ridge: Any, spec: AttentionSpec, query: Tensor) -> None:
             InputError,
             f"ridge must broadcast to [batch, query heads, query length] = {rows}, but got shape {tuple(ridge.shape)}.",
         )
+
+
+def check_state(state: Any, spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, runs: bool) -> None:
+    """A state is given or asked for: the member has one, and the given one has its parts and shapes.
+
+    Args:
+        runs: whether the sums of the call run along the sequence.
+    """
+    if spec.bandwidth.kind != "infinite":
+        raise_input(InputError, "a state (initial_state, or return_aux with state) needs infinite bandwidth.")
+    if not runs:
+        raise_input(
+            InputError,
+            "a state (initial_state, or return_aux with state) needs a mask that is a causal prefix, or none: plx.masks.causal() "
+            "in the spec, plx.masks.document(ids, contiguous=True) with it, no block_mask and no covariance_mod; and "
+            f"equal lengths under a causal mask (got {query.size(2)} and {key.size(2)}).",
+        )
+    if state is None:
+        return
+    if not isinstance(state, State):
+        raise_input(InputTypeError, f"initial_state must be a plx.State or None, but got {type(state).__name__}.")
+    heads = (key.size(0), key.size(1))
+    width, value_width = key.size(3), value.size(3)
+    shapes = {"count": (key.size(0),), "value_sum": (*heads, value_width)}
+    if spec.probe.kind != "zero":
+        shapes["key_sum"], shapes["key_value"] = (*heads, width), (*heads, width, value_width)
+    if spec.probe.kind in ("solved", "gradient"):
+        shapes["key_key"] = (*heads, width, width)
+    for name, shape in shapes.items():
+        part = getattr(state, name)
+        if not isinstance(part, Tensor):
+            raise_input(
+                InputError, f"initial_state.{name} must be a tensor {shape} for this spec, but got {type(part).__name__}."
+            )
+        if tuple(part.shape) != shape:
+            raise_input(InputError, f"initial_state.{name} must have shape {shape}, but got {tuple(part.shape)}.")
+        if part.device != key.device:
+            raise_input(
+                InputError, f"initial_state.{name} must be on query's device {key.device}, but got {part.device}."
+            )
 
 
 def check_kernel_options(options: Any) -> None:

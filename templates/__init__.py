@@ -6,17 +6,17 @@ import functools
 from pathlib import Path
 
 _HERE = Path(__file__).parent
-_SHARED = "core_shared"
+_SHARED = {"core": ("tiles", "core_shared"), "scan": ("tiles", "scan_shared")}
 
 
 @functools.cache
 def load(name: str) -> str:
-    """The text of stage ``name``: the shared macros followed by the stage's own template.
+    """The text of stage ``name``: the macros that its family of stages shares, followed by the stage's own template.
 
     Raises:
         FileNotFoundError: there is no such template.
     """
-    return _read(_SHARED) + _read(name)
+    return "".join(map(_read, (*_SHARED[name.split("_")[0]], name)))
 
 
 def texts() -> list[bytes]:
