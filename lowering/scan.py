@@ -32,6 +32,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from .cache_key import CACHE_SALT
 from .dense import in_layout_of
 from .operator import empty_in_layout_of, statistics_dtype
 
@@ -340,8 +341,8 @@ def product(
     if role == "out":
         y = y * scale[..., None]
     y = y.flatten(3, 4)[:, :, :, :length].flatten(1, 2).to(dtype)
-    end = [state.contiguous() for state in flip(final)] if save_state else [x.new_empty(0, dtype=wide)] * 3
-    return in_layout_of(x, y), found.contiguous(), end[0], end[1].clone(), end[2].clone()
+    end = [state.clone() for state in flip(final)] if save_state else [x.new_empty(0, dtype=wide) for _ in range(3)]
+    return in_layout_of(x, y), found.contiguous(), end[0].contiguous(), end[1], end[2]
 
 
 # --- the two operators that autograd sees ---------------------------------------------------------------------------
@@ -372,6 +373,7 @@ def forward(
     moment: bool,
     save_state: bool,
     whole: bool,
+    cache_salt: str,
     *,
     kernels: Kernels = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -383,6 +385,7 @@ def forward(
         inverse: ``1 / n`` of each row, ``[B or 1, Lq]``; starts: see :class:`Prefix`.
         matrix, first, second: the state before the sequence, all of them or none.
         intercept, moment, save_state, whole: see :func:`product`.
+        cache_salt: not used here; see :data:`~.cache_key.CACHE_SALT`.
 
     Returns:
         ``out [B, Hq, Lq, Dv]`` in key's dtype, ``t [B, Hq, Lq]``, and the state after the sequence; what was not asked for is
@@ -427,6 +430,7 @@ def backward(
     second: Tensor | None,
     intercept: bool,
     whole: bool,
+    cache_salt: str,
     *,
     kernels: Kernels = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -532,16 +536,15 @@ def has_moment(role: str, intercept: bool, moment: bool) -> bool:
 def _(x: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     role, intercept, moment, save_state, _, dtype = rest[-6:]
     wide = statistics_dtype(key)
-    none = x.new_empty(0, dtype=wide)
-    found = x.new_empty(x.shape[:3], dtype=wide) if has_moment(role, intercept, moment) else none
-    states = (none, none, none)
+    found = x.new_empty(x.shape[:3] if has_moment(role, intercept, moment) else 0, dtype=wide)
+    states = tuple(x.new_empty(0, dtype=wide) for _ in range(3))
     if save_state:
         heads = min(x.size(1), key.size(1))
         width, value_width = (value, key) if ROLES[role].transposed else (key, value)
         shape = (x.size(0), heads, width.size(3), value_width.size(3))
         sizes = (shape, shape[:3], (*shape[:2], shape[3]))
-        states = tuple(x.new_empty(size, dtype=wide) for size in sizes)  # type: ignore[assignment]
-    return empty_in_layout_of(x.to(dtype), value.size(3)), found, *states
+        states = tuple(x.new_empty(size, dtype=wide) for size in sizes)
+    return (empty_in_layout_of(x.to(dtype), value.size(3)), found, *states)  # type: ignore[return-value]
 
 
 @torch.library.custom_op("parallax::scan", mutates_args=())
@@ -559,16 +562,19 @@ def scan(
     moment: bool,
     save_state: bool,
     whole: bool,
+    cache_salt: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:func:`forward`."""
-    return forward(
-        query, probe, key, value, inverse, starts, matrix, first, second, intercept, moment, save_state, whole
-    )
+    switches = (intercept, moment, save_state, whole, cache_salt)
+    return forward(query, probe, key, value, inverse, starts, matrix, first, second, *switches)
 
 
 @scan.register_fake
 def _(query: Tensor, probe: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    intercept, moment, save_state, whole = rest[-4:]
+    from . import register_lowerings
+
+    register_lowerings()  # whoever traces a call comes here
+    intercept, moment, save_state, whole, _ = rest[-5:]
     return scan_product(
         probe, key, value, rest[0], None, None, *(None,) * 6, "out", intercept, moment, save_state, whole, key.dtype
     )
@@ -592,10 +598,12 @@ def scan_backward(
     second: Optional[Tensor],
     intercept: bool,
     whole: bool,
+    cache_salt: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:func:`backward`."""
     grads = (grad_out, grad_mean, grad_matrix, grad_first, grad_second)
-    return backward(*grads, probe, key, value, inverse, starts, mean, matrix, first, second, intercept, whole)
+    switches = (intercept, whole, cache_salt)
+    return backward(*grads, probe, key, value, inverse, starts, mean, matrix, first, second, *switches)
 
 
 @scan_backward.register_fake
@@ -603,14 +611,14 @@ def _(grad_out: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Ten
     probe, key, value, matrix = rest[4], rest[5], rest[6], rest[10]
     wide = statistics_dtype(key)
     grads = [empty_in_layout_of(tensor, tensor.size(3)) for tensor in (probe, key, value)]
-    states = [probe.new_empty(0, dtype=wide)] * 3
+    states = [probe.new_empty(0, dtype=wide) for _ in range(3)]
     if matrix is not None:
         states = [probe.new_empty(state.shape, dtype=wide) for state in rest[10:13]]
     return (*grads, *states)  # type: ignore[return-value]
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    query, *tensors, ctx.intercept, _, _, ctx.whole = inputs
+    query, *tensors, ctx.intercept, _, _, ctx.whole, ctx.cache_salt = inputs
     ctx.query = (query.shape, query.dtype)
     ctx.save_for_backward(*tensors, output[1])
     ctx.set_materialize_grads(False)
@@ -628,14 +636,15 @@ def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple:
             for grad, shape in zip(grad_state, shapes, strict=True)
         ]
     found = scan_backward(
-        grad_out, grad_mean, *grad_state, probe, key, value, inverse, starts, mean, *initial, ctx.intercept, ctx.whole
-    )
+        grad_out, grad_mean, *grad_state, probe, key, value, inverse, starts, mean, *initial,
+        ctx.intercept, ctx.whole, ctx.cache_salt,
+    )  # fmt: skip
     states = found[3:] if initial[0] is not None else (None,) * 3
     dquery = None
     if ctx.needs_input_grad[0]:
         shape, dtype = ctx.query
         dquery = probe.new_zeros(shape, dtype=dtype)
-    return (dquery, *found[:3], None, None, *states, *(None,) * 4)
+    return (dquery, *found[:3], None, None, *states, *(None,) * 5)
 
 
 scan.register_autograd(_differentiate, setup_context=_setup)
@@ -691,7 +700,7 @@ def attention(
         before = initial.count.to(wide)[:, None, None]
         moved = initial.key_value - center.mT * initial.value_sum[:, :, None]
         sums = (moved, initial.key_sum - before * center[:, :, 0], initial.value_sum)
-    switches = (intercept, moment, save_state, prefix.whole)
+    switches = (intercept, moment, save_state, prefix.whole, CACHE_SALT)
     out, mean, matrix, first, second = scan(query, probe, centred, value, 1.0 / count, prefix.starts, *sums, *switches)
     if center is not None and moment:
         group = probe.size(1) // key.size(1)
