@@ -430,46 +430,56 @@ def backward(
     second: Tensor | None,
     intercept: bool,
     whole: bool,
+    needs: list[bool],
     cache_salt: str,
     *,
     kernels: Kernels = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of :func:`forward` for probe, key, value and the initial state (empty without one).
+    """Gradients of :func:`forward` for probe, key, value and the initial state; empty where not needed.
 
     Args:
         grad_*: of the results of :func:`forward`; None is 0. Those of the state come together.
-        mean: ``t`` of the forward; the others as there.
+        mean: ``t`` of the forward; needs: whether probe, key, value and the initial state need one; the others as there.
     """
+    need_probe, need_key, need_value, need_state = needs
     # A float16 number would lose its bits divided by the number of keys.
     low = torch.float32 if grad_out.dtype == torch.float16 else grad_out.dtype
     inverse_of_rows = inverse.unsqueeze(1)
     grad = (grad_out * inverse_of_rows.unsqueeze(-1)).to(low)
     level = None if grad_mean is None else grad_mean * inverse_of_rows
-    heads = key.size(1)
-    has_state = matrix is not None
+    heads, wide = key.size(1), statistics_dtype(key)
+    dprobe, dkey, dvalue, dmatrix, dfirst, dsecond = _no_gradients(probe, wide)
+    key_level, value_level = level, 1.0 + mean if intercept else None
 
-    sums = _totals_of(kernels, key, value, None, None, starts, heads, False, whole)
-    dprobe, level_found, *_ = kernels.product(
-        grad, value, key, inverse, starts, level, *sums, matrix, first, second,
-        "probe", intercept, False, False, whole, probe.dtype,
-    )  # fmt: skip
-    key_level = level_found if intercept else level
-    value_level = 1.0 + mean if intercept else None
+    if need_probe or (intercept and (need_key or need_state)):
+        sums = _totals_of(kernels, key, value, None, None, starts, heads, False, whole)
+        dprobe, level_found, *_ = kernels.product(
+            grad, value, key, inverse, starts, level, *sums, matrix, first, second,
+            "probe", intercept, False, False, whole, probe.dtype,
+        )  # fmt: skip
+        key_level = level_found if intercept else level
+    if not (need_key or need_value or need_state):
+        return dprobe, dkey, dvalue, dmatrix, dfirst, dsecond
     final: Sums = NO_SUMS
     if grad_matrix is not None:
         final = (-grad_matrix if intercept else grad_matrix, grad_first, grad_second)
     sums = _totals_of(kernels, probe, grad, key_level, value_level, starts, heads, True, whole)
-    dvalue, _, dmatrix, _, dsecond = kernels.product(
-        key, probe, grad, inverse, starts, value_level, *sums, *final,
-        "value", intercept, False, has_state, whole, value.dtype,
-    )  # fmt: skip
-    dkey, _, _, dfirst, _ = kernels.product(
-        value, grad, probe, inverse, starts, key_level, *sums, *final,
-        "key", intercept, False, has_state, whole, key.dtype,
-    )  # fmt: skip
-    if has_state and intercept:
-        dmatrix = -dmatrix
+    if need_value or need_state:
+        dvalue, _, dmatrix, _, dsecond = kernels.product(
+            key, probe, grad, inverse, starts, value_level, *sums, *final,
+            "value", intercept, False, need_state, whole, value.dtype,
+        )  # fmt: skip
+        dmatrix = -dmatrix if intercept else dmatrix
+    if need_key or need_state:
+        dkey, _, _, dfirst, _ = kernels.product(
+            value, grad, probe, inverse, starts, key_level, *sums, *final,
+            "key", intercept, False, need_state, whole, key.dtype,
+        )  # fmt: skip
     return dprobe, dkey, dvalue, dmatrix, dfirst, dsecond
+
+
+def _no_gradients(like: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    return [like.new_empty(0, dtype=dtype) for _ in range(6)]
 
 
 @torch.library.custom_op("parallax::scan_totals", mutates_args=())
@@ -598,23 +608,31 @@ def scan_backward(
     second: Optional[Tensor],
     intercept: bool,
     whole: bool,
+    needs: list[bool],
     cache_salt: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:func:`backward`."""
     grads = (grad_out, grad_mean, grad_matrix, grad_first, grad_second)
-    switches = (intercept, whole, cache_salt)
+    switches = (intercept, whole, needs, cache_salt)
     return backward(*grads, probe, key, value, inverse, starts, mean, matrix, first, second, *switches)
 
 
 @scan_backward.register_fake
 def _(grad_out: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     probe, key, value, matrix = rest[4], rest[5], rest[6], rest[10]
+    intercept, _, needs, _ = rest[-4:]
+    need_probe, need_key, need_value, need_state = needs
     wide = statistics_dtype(key)
-    grads = [empty_in_layout_of(tensor, tensor.size(3)) for tensor in (probe, key, value)]
-    states = [probe.new_empty(0, dtype=wide) for _ in range(3)]
-    if matrix is not None:
-        states = [probe.new_empty(state.shape, dtype=wide) for state in rest[10:13]]
-    return (*grads, *states)  # type: ignore[return-value]
+    found = _no_gradients(probe, wide)
+    if need_probe or (intercept and (need_key or need_state)):
+        found[0] = empty_in_layout_of(probe, probe.size(3))
+    if need_key or need_state:
+        found[1] = empty_in_layout_of(key, key.size(3))
+    if need_value or need_state:
+        found[2] = empty_in_layout_of(value, value.size(3))
+    if need_state and matrix is not None:
+        found[3:] = [probe.new_empty(state.shape, dtype=wide) for state in rest[10:13]]
+    return tuple(found)  # type: ignore[return-value]
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -635,16 +653,17 @@ def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple:
             probe.new_zeros(shape, dtype=statistics_dtype(key)) if grad is None else grad
             for grad, shape in zip(grad_state, shapes, strict=True)
         ]
+    needs = [*ctx.needs_input_grad[1:4], initial[0] is not None and any(ctx.needs_input_grad[6:9])]
     found = scan_backward(
         grad_out, grad_mean, *grad_state, probe, key, value, inverse, starts, mean, *initial,
-        ctx.intercept, ctx.whole, ctx.cache_salt,
+        ctx.intercept, ctx.whole, needs, ctx.cache_salt,
     )  # fmt: skip
-    states = found[3:] if initial[0] is not None else (None,) * 3
+    found = tuple(grad if need else None for grad, need in zip(found, [*needs[:3], *needs[3:] * 3], strict=True))
     dquery = None
     if ctx.needs_input_grad[0]:
         shape, dtype = ctx.query
         dquery = probe.new_zeros(shape, dtype=dtype)
-    return (dquery, *found[:3], None, None, *states, *(None,) * 5)
+    return (dquery, *found[:3], None, None, *found[3:], *(None,) * 5)
 
 
 scan.register_autograd(_differentiate, setup_context=_setup)
@@ -687,12 +706,17 @@ def attention(
     wide = statistics_dtype(key)
     count = _counts(prefix, query.size(2), key, initial)
     lse = count.log()[:, None].expand(query.shape[:3]).contiguous()
-    if probe is None:
-        out, value_sum = _value_average(query, value, count, prefix, initial)
-        state = State(count[:, -1].expand(key.size(0)), value_sum=value_sum) if save_state else None
-        return Result(out, torch.zeros_like(lse), lse, state)
+    zero = probe is None
+    if zero:
+        # The value average has no product: keys and a probe of one column of zeros stand for those that it does not read.
+        key, probe = (value.new_zeros((*tensor.shape[:3], 1)) for tensor in (key, query))
+        intercept = True
+        if initial is not None:
+            assert initial.value_sum is not None
+            none = [initial.value_sum.new_zeros((*value.shape[:2], *width)) for width in ((1, value.size(3)), (1,))]
+            initial = initial._replace(key_value=none[0], key_sum=none[1])
     # The covariance does not see a shift of the keys, and what is rounded gets smaller: FAMILY, "Centre the probe score".
-    center = key.detach()[:, :, :CHUNK].to(wide).mean(2, keepdim=True) if intercept else None
+    center = key.detach()[:, :, :CHUNK].to(wide).mean(2, keepdim=True) if intercept and not zero else None
     centred = key if center is None else (key.to(wide) - center).to(key.dtype)
     sums: Sums = NO_SUMS if initial is None else (initial.key_value, initial.key_sum, initial.value_sum)
     if center is not None and initial is not None:
@@ -711,7 +735,8 @@ def attention(
     if center is not None:
         matrix = matrix + center.mT * second[:, :, None]
         first = first + after[:, None, None] * center[:, :, 0]
-    return Result(out, mean, lse, State(after, matrix, first, second))
+    state = State(after, value_sum=second) if zero else State(after, matrix, first, second)
+    return Result(out, mean, lse, state)
 
 
 def final_products(key: Tensor, prefix: Prefix, initial: State | None) -> Tensor:
@@ -742,27 +767,3 @@ def _counts(prefix: Prefix, length: Any, key: Tensor, initial: State | None) -> 
         return count if before is None else count + before
     count = (position + 1 - prefix.starts).to(wide)
     return count if before is None else count + torch.where(prefix.starts == 0, before, 0.0)
-
-
-def _value_average(
-    query: Tensor, value: Tensor, count: Tensor, prefix: Prefix, initial: State | None
-) -> tuple[Tensor, Tensor]:
-    """The zero probe: the running mean of the values, and their final sum ``[B, Hkv, Dv]``."""
-    wide = statistics_dtype(value)
-    before = None if initial is None or initial.value_sum is None else initial.value_sum[:, :, None]
-    if prefix.whole:
-        total = value.to(wide).sum(2, keepdim=True)
-        total = total if before is None else total + before
-        last, total = total, total.expand(-1, -1, query.size(2), -1)
-    else:
-        total = value.to(wide).cumsum(2)
-        if prefix.starts is not None:
-            # What came before the row's own run is taken off.
-            index = (prefix.starts.long() - 1).clamp(min=0)[:, None, :, None].expand(total.shape)
-            first = (prefix.starts == 0)[:, None, :, None]
-            total = total - torch.where(first, 0.0, total.gather(2, index))
-            before = None if before is None else torch.where(first, before, 0.0)
-        total = total if before is None else total + before
-        last = total[:, :, -1:]
-    out = (total / count[:, None, :, None]).repeat_interleave(query.size(1) // value.size(1), 1)
-    return (out + query[..., :0].sum(-1, keepdim=True)).to(value.dtype), last[:, :, 0]

@@ -1,0 +1,100 @@
+"""The scan's kernels in the interpreter, against the float64 reference; budgets from an independent low-precision computation."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from support import interpreter
+from support.oracle import budget, leaves, low_precision, relative_error, with_gradients
+from torch import Tensor
+
+import parallax_compile as plx
+from parallax_compile.lowering import inductor_scan
+
+pytestmark = pytest.mark.skipif(not interpreter.enabled(), reason="needs TRITON_INTERPRET=1")
+
+CAUSAL = plx.masks.causal()
+IDS = torch.tensor([0] * 40 + [1] * 5 + [2] * 60 + [3] * 45)
+DOCUMENTS = CAUSAL & plx.masks.document(IDS, contiguous=True)
+
+
+def operands(dtype: torch.dtype, length: int = 150, rows: int = 150, offset: float = 0.0, scale: float = 1.0) -> list[Tensor]:
+    def normal(heads: int, n: int, width: int = 20) -> Tensor:
+        return torch.randn(1, heads, n, width, dtype=torch.float64)
+
+    found = [normal(4, rows), scale * normal(2, length) + offset * normal(1, 1), normal(2, length, 24), normal(4, rows)]
+    return [tensor.to(dtype) for tensor in found]
+
+
+def in_segments(count: int) -> Any:
+    kernels = inductor_scan._KERNELS._replace(segments=lambda *sizes: count)
+    return mock.patch.object(inductor_scan, "_KERNELS", kernels)
+
+
+def compare(spec: plx.AttentionSpec, inputs: list[Tensor], segments: int, keep: Tensor) -> None:
+    call = lambda *x: plx.attention(*x, spec=spec, enable_gqa=True) + x[0].sum() * 0.0
+    uniform = lambda *x: low_precision(*x, mask=keep, scale=0.0, intercept=spec.intercept)
+    want = with_gradients(uniform, leaves(inputs, torch.float64))
+    rough = with_gradients(uniform, leaves(inputs, inputs[0].dtype))
+    generated = interpreter.interpreted(call)
+    with in_segments(segments):
+        got = with_gradients(generated, leaves(inputs, inputs[0].dtype))
+    ran = {kernel.stage for kernel in generated.code.kernels if kernel.name in generated.launches}
+    assert ran >= {"scan_product"} | ({"scan_totals"} if segments > 1 else set())
+    for mine, theirs, exact in zip(got, rough, want, strict=True):
+        assert relative_error(mine, exact) <= budget(relative_error(theirs, exact), inputs[0].dtype)
+
+
+@pytest.mark.parametrize(
+    ("mask", "segments", "intercept"),
+    [(CAUSAL, 1, True), (CAUSAL, 3, False), (DOCUMENTS, 3, True), (DOCUMENTS, 2, False), (None, 3, True)],
+    ids=["causal", "segments", "documents", "linear documents", "no mask"],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_forward_and_backward(mask: Any, segments: int, intercept: bool, dtype: torch.dtype) -> None:
+    rows = 77 if mask is None else 150
+    keep = torch.ones(rows, 150, dtype=torch.bool)
+    if mask is not None:
+        keep = keep.tril()
+    if mask is DOCUMENTS:
+        keep = keep & (IDS[:, None] == IDS)
+    spec = (plx.AFFINE_LINEAR if intercept else plx.LINEAR).replace(mask_mod=mask)
+    compare(spec, operands(dtype, rows=rows), segments, keep)
+
+
+def test_keys_with_an_offset_cost_nothing() -> None:
+    spec = plx.AFFINE_LINEAR.replace(mask_mod=CAUSAL)
+    call = lambda *x: plx.attention(*x, spec=spec, enable_gqa=True)
+    inputs = operands(torch.bfloat16, offset=10.0)
+    with torch.no_grad(), in_segments(2):
+        got = interpreter.interpreted(call)(*inputs)
+        assert relative_error(got, call(*(tensor.double() for tensor in inputs))) < 2.0**-8
+
+
+def test_float16_does_not_overflow() -> None:
+    """Sums of products pass 65504 long before they are averaged."""
+    spec = plx.LINEAR.replace(mask_mod=CAUSAL)
+    inputs = operands(torch.float16, scale=500.0)
+    compare(spec, inputs, 2, torch.ones(150, 150, dtype=torch.bool).tril())
+
+
+def test_a_state_goes_from_call_to_call() -> None:
+    spec = plx.AFFINE_LINEAR.replace(mask_mod=DOCUMENTS)
+    tail = plx.AFFINE_LINEAR.replace(mask_mod=CAUSAL & plx.masks.document(IDS[110:], contiguous=True))
+    head = plx.AFFINE_LINEAR.replace(mask_mod=CAUSAL & plx.masks.document(IDS[:110], contiguous=True))
+    request = plx.AuxRequest(state=True)
+
+    def call(*inputs: Tensor) -> Tensor:
+        first, aux = plx.attention(*(t[:, :, :110] for t in inputs), spec=head, enable_gqa=True, return_aux=request)
+        rest = plx.attention(*(t[:, :, 110:] for t in inputs), spec=tail, enable_gqa=True, initial_state=aux.state)
+        return torch.cat([first, rest], 2) + inputs[0].sum() * 0.0
+
+    inputs = operands(torch.float32)
+    whole = lambda *x: plx.attention(*x, spec=spec, enable_gqa=True)
+    want = with_gradients(whole, leaves(inputs, torch.float64))
+    with in_segments(2):
+        got = with_gradients(interpreter.interpreted(call), leaves(inputs, torch.float32))
+    assert max(relative_error(a, b) for a, b in zip(got, want, strict=True)) < 2e-6
