@@ -218,6 +218,7 @@ def precision() -> str:
 
 
 def shared_memory_limit(device: torch.device) -> int:
+    """Bytes of shared memory that one block may use on ``device``."""
     properties = torch.cuda.get_device_properties(device)
     return getattr(properties, "shared_memory_per_block_optin", 101376)
 

@@ -146,9 +146,7 @@ def _lower_totals(
 
 
 @inductor.register_lowering(torch.ops.parallax.scan_product.default, type_promotion_kind=None)
-def _lower_product(
-    x: Any, key: Any, value: Any, inverse: Any, starts: Any, level: Any, *rest: Any
-) -> Any:
+def _lower_product(x: Any, key: Any, value: Any, inverse: Any, starts: Any, level: Any, *rest: Any) -> Any:
     """Inductor's lowering of :data:`~.scan.scan_product`."""
     sums, initial = rest[:3], rest[3:6]
     role, intercept, moment, save_state, whole, _ = rest[6:]
@@ -206,7 +204,10 @@ def _lower_product(
         length,
     )
     none = [_empty(layout) for layout in (found_layout, *state_layouts)]
-    finals = [outputs.get(name) for name in ("FINAL", *(("FINAL_SECOND", "FINAL_FIRST") if transposed else ("FINAL_FIRST", "FINAL_SECOND")))]
+    finals = [
+        outputs.get(name)
+        for name in ("FINAL", *(("FINAL_SECOND", "FINAL_FIRST") if transposed else ("FINAL_FIRST", "FINAL_SECOND")))
+    ]
     results = [outputs.get("MOMENT"), *finals]
     return (y, *(empty if result is None else result for result, empty in zip(results, none, strict=True)))
 

@@ -163,7 +163,8 @@ def _moved(weights: Weights, center: Tensor | None, squares: bool) -> Weights:
     state = weights.initial
     if state is None:
         return weights
-    assert state.key_sum is not None and state.key_key is not None
+    assert state.key_sum is not None
+    assert state.key_key is not None
     total = state.key_sum
     if squares:
         total = state.key_key.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)

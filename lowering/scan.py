@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ class State(NamedTuple):
         key_key: ``sum_j k_j k_j^T``, ``[B, Hkv, D, D]``; solved and gradient probes.
     """
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # the tuple's method of the same name is not needed
     key_value: Tensor | None = None
     key_sum: Tensor | None = None
     value_sum: Tensor | None = None
@@ -88,7 +88,7 @@ ROLES = {
     "key": Role(backward=True, transposed=True),
 }
 
-Sums = tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]
+Sums = tuple[Tensor | None, Tensor | None, Tensor | None]
 NO_SUMS: Sums = (None, None, None)
 
 
@@ -147,7 +147,7 @@ class _Chunks:
         return self.position >= self.start_of(self._end(self.after))[..., None]
 
     def carried(self) -> tuple[Tensor, Tensor]:
-        """Which chunks' states the state at each chunk's edge holds, ``[Bs or 1, N, N]``; whether the initial one, ``[., N]``."""
+        """Which chunks' sums the state at each chunk's edge holds, ``[., N, N]``; whether the initial one, ``[., N]``."""
         if self.starts is None:
             return self.later[None], torch.ones_like(self.later[None, :, 0])
         if self.backward:
@@ -188,11 +188,16 @@ def _masked(tensor: Tensor, keep: Tensor | None) -> Tensor:
     return torch.where(keep[..., None] if tensor.dim() == 6 else keep, tensor, 0.0)
 
 
-def _chunk_sums(key: Tensor, value: Tensor, first: Any, second: Any, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _chunk_sums(
+    key: Tensor, value: Tensor, first: Any, second: Any, keep: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """``matrix, first, second`` of each chunk, summed over the heads of a group; the levels are tensors or 1."""
     value, key = _masked(value, keep), _masked(key, keep)
     matrix = (key.mT @ value).sum(2)
-    weigh = lambda tensor, level: (tensor * (level if isinstance(level, int) else level[..., None])).sum((2, -2))
+
+    def weigh(tensor: Tensor, level: Any) -> Tensor:
+        return (tensor * (level if isinstance(level, int) else level[..., None])).sum((2, -2))
+
     return matrix, weigh(key, first), weigh(value, second)
 
 
@@ -283,7 +288,7 @@ def product(
 
     initial = flip((initial_matrix, initial_first, initial_second))
     if whole:
-        assert matrix is not None and first is not None and second is not None
+        assert matrix is not None
         states = [total.sum(2, keepdim=True) for total in flip((matrix, first, second))]
         states = [s if i is None else s + i[:, :, None] for s, i in zip(states, initial, strict=True)]
         final = [state[:, :, 0] for state in states]
@@ -321,7 +326,8 @@ def product(
         if level is not None or initial_matrix is not None:
             y = y + seen(seconds[..., None, :].expand_as(y[:, :, :1]))
         if not whole and column is not None:
-            assert weights is not None and keep is not None
+            assert weights is not None
+            assert keep is not None
             weights = weights + keep * column[..., None, :]
     else:
         given = 0.0 if level is None else _chunked(level, heads, chunk, count, wide)
@@ -334,15 +340,15 @@ def product(
         total = given + ((mean + (1.0 if role == "out" else 0.0)) if intercept else 0.0)
         if isinstance(total, Tensor):
             y = y + seen(total[..., None] * seconds[..., None, :])
-            weights = None if weights is None else weights + keep * total[..., None]
+            weights = None if weights is None or keep is None else weights + keep * total[..., None]
     if weights is not None:
         within = weights @ vs
         y = y + (within.sum(2, keepdim=True) if backward else within)
     if role == "out":
         y = y * scale[..., None]
     y = y.flatten(3, 4)[:, :, :, :length].flatten(1, 2).to(dtype)
-    end = [state.clone() for state in flip(final)] if save_state else [x.new_empty(0, dtype=wide) for _ in range(3)]
-    return in_layout_of(x, y), found.contiguous(), end[0].contiguous(), end[1], end[2]
+    ends = [state.clone() for state in flip(final)] if save_state else [x.new_empty(0, dtype=wide) for _ in range(3)]
+    return in_layout_of(x, y), found.contiguous(), ends[0].contiguous(), ends[1], ends[2]
 
 
 # --- the two operators that autograd sees ---------------------------------------------------------------------------
@@ -486,9 +492,9 @@ def _no_gradients(like: Tensor, dtype: torch.dtype) -> list[Tensor]:
 def scan_totals(
     key: Tensor,
     value: Tensor,
-    key_level: Optional[Tensor],
-    value_level: Optional[Tensor],
-    starts: Optional[Tensor],
+    key_level: Tensor | None,
+    value_level: Tensor | None,
+    starts: Tensor | None,
     heads: int,
     segments: int,
     backward: bool,
@@ -515,14 +521,14 @@ def scan_product(
     key: Tensor,
     value: Tensor,
     inverse: Tensor,
-    starts: Optional[Tensor],
-    level: Optional[Tensor],
-    matrix: Optional[Tensor],
-    first: Optional[Tensor],
-    second: Optional[Tensor],
-    initial_matrix: Optional[Tensor],
-    initial_first: Optional[Tensor],
-    initial_second: Optional[Tensor],
+    starts: Tensor | None,
+    level: Tensor | None,
+    matrix: Tensor | None,
+    first: Tensor | None,
+    second: Tensor | None,
+    initial_matrix: Tensor | None,
+    initial_first: Tensor | None,
+    initial_second: Tensor | None,
     role: str,
     intercept: bool,
     moment: bool,
@@ -532,9 +538,7 @@ def scan_product(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:func:`product`."""
     sums = (matrix, first, second, initial_matrix, initial_first, initial_second)
-    return product(
-        x, key, value, inverse, starts, level, *sums, role, intercept, moment, save_state, whole, dtype
-    )
+    return product(x, key, value, inverse, starts, level, *sums, role, intercept, moment, save_state, whole, dtype)
 
 
 def has_moment(role: str, intercept: bool, moment: bool) -> bool:
@@ -564,10 +568,10 @@ def scan(
     key: Tensor,
     value: Tensor,
     inverse: Tensor,
-    starts: Optional[Tensor],
-    matrix: Optional[Tensor],
-    first: Optional[Tensor],
-    second: Optional[Tensor],
+    starts: Tensor | None,
+    matrix: Tensor | None,
+    first: Tensor | None,
+    second: Tensor | None,
     intercept: bool,
     moment: bool,
     save_state: bool,
@@ -580,7 +584,9 @@ def scan(
 
 
 @scan.register_fake
-def _(query: Tensor, probe: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(
+    query: Tensor, probe: Tensor, key: Tensor, value: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from . import register_lowerings
 
     register_lowerings()  # whoever traces a call comes here
@@ -593,19 +599,19 @@ def _(query: Tensor, probe: Tensor, key: Tensor, value: Tensor, *rest: Any) -> t
 @torch.library.custom_op("parallax::scan_backward", mutates_args=())
 def scan_backward(
     grad_out: Tensor,
-    grad_mean: Optional[Tensor],
-    grad_matrix: Optional[Tensor],
-    grad_first: Optional[Tensor],
-    grad_second: Optional[Tensor],
+    grad_mean: Tensor | None,
+    grad_matrix: Tensor | None,
+    grad_first: Tensor | None,
+    grad_second: Tensor | None,
     probe: Tensor,
     key: Tensor,
     value: Tensor,
     inverse: Tensor,
-    starts: Optional[Tensor],
+    starts: Tensor | None,
     mean: Tensor,
-    matrix: Optional[Tensor],
-    first: Optional[Tensor],
-    second: Optional[Tensor],
+    matrix: Tensor | None,
+    first: Tensor | None,
+    second: Tensor | None,
     intercept: bool,
     whole: bool,
     needs: list[bool],
@@ -648,7 +654,11 @@ def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple:
     if grad_out is None:
         grad_out = key.new_zeros((*probe.shape[:3], value.size(3)))
     if any(grad is not None for grad in grad_state):
-        shapes = [(*key.shape[:2], key.size(3), value.size(3)), (*key.shape[:2], key.size(3)), (*key.shape[:2], value.size(3))]
+        shapes = [
+            (*key.shape[:2], key.size(3), value.size(3)),
+            (*key.shape[:2], key.size(3)),
+            (*key.shape[:2], value.size(3)),
+        ]
         grad_state = [
             probe.new_zeros(shape, dtype=statistics_dtype(key)) if grad is None else grad
             for grad, shape in zip(grad_state, shapes, strict=True)
@@ -720,13 +730,15 @@ def attention(
     centred = key if center is None else (key.to(wide) - center).to(key.dtype)
     sums: Sums = NO_SUMS if initial is None else (initial.key_value, initial.key_sum, initial.value_sum)
     if center is not None and initial is not None:
-        assert initial.key_value is not None and initial.key_sum is not None and initial.value_sum is not None
+        assert initial.key_value is not None
+        assert initial.key_sum is not None
+        assert initial.value_sum is not None
         before = initial.count.to(wide)[:, None, None]
         moved = initial.key_value - center.mT * initial.value_sum[:, :, None]
         sums = (moved, initial.key_sum - before * center[:, :, 0], initial.value_sum)
     switches = (intercept, moment, save_state, prefix.whole, CACHE_SALT)
     out, mean, matrix, first, second = scan(query, probe, centred, value, 1.0 / count, prefix.starts, *sums, *switches)
-    if center is not None and moment:
+    if center is not None and moment and probe is not None:
         group = probe.size(1) // key.size(1)
         mean = mean + (probe.to(wide) * center.repeat_interleave(group, 1)).sum(-1)
     if not save_state:

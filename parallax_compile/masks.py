@@ -263,7 +263,9 @@ def prefix(mask_mod: MaskMod | None, q_length: int, kv_length: int) -> Prefix | 
     for part in documents:
         ids = part.ids if part.ids.dim() == 2 else part.ids[None]
         position = torch.arange(kv_length, device=ids.device, dtype=torch.int32)
-        begins = torch.cat([torch.ones_like(ids[:, :1], dtype=torch.bool), ids[:, 1:kv_length] != ids[:, : kv_length - 1]], 1)
+        begins = torch.cat(
+            [torch.ones_like(ids[:, :1], dtype=torch.bool), ids[:, 1:kv_length] != ids[:, : kv_length - 1]], 1
+        )
         own = torch.where(begins, position, 0).cummax(1).values
         starts = own if starts is None else torch.maximum(starts, own)
     return Prefix(whole=False, starts=starts)

@@ -220,8 +220,9 @@ def check_state(state: Any, spec: AttentionSpec, query: Tensor, key: Tensor, val
     if not runs:
         raise_input(
             InputError,
-            "a state (initial_state, or return_aux with state) needs a mask that is a causal prefix, or none: plx.masks.causal() "
-            "in the spec, plx.masks.document(ids, contiguous=True) with it, no block_mask and no covariance_mod; and "
+            "a state (initial_state, or return_aux with state) needs a mask that is a causal prefix, or none: "
+            "plx.masks.causal() in the spec, plx.masks.document(ids, contiguous=True) with it, no block_mask and no "
+            "covariance_mod; and "
             f"equal lengths under a causal mask (got {query.size(2)} and {key.size(2)}).",
         )
     if state is None:
@@ -239,7 +240,8 @@ def check_state(state: Any, spec: AttentionSpec, query: Tensor, key: Tensor, val
         part = getattr(state, name)
         if not isinstance(part, Tensor):
             raise_input(
-                InputError, f"initial_state.{name} must be a tensor {shape} for this spec, but got {type(part).__name__}."
+                InputError,
+                f"initial_state.{name} must be a tensor {shape} for this spec, but got {type(part).__name__}.",
             )
         if tuple(part.shape) != shape:
             raise_input(InputError, f"initial_state.{name} must have shape {shape}, but got {tuple(part.shape)}.")

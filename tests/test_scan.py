@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from parallax_compile.lowering import scan
 from support.oracle import relative_error
 from torch import Tensor
 
 import parallax_compile as plx
 from parallax_compile import masks
 from parallax_compile.errors import InputError, InputTypeError, UnsupportedError
-from parallax_compile.lowering import scan
 
 CAUSAL = plx.masks.causal()
 IDS = torch.tensor([0] * 40 + [1] * 5 + [2] * 75 + [3] * 70)
@@ -167,5 +167,7 @@ def test_bad_states() -> None:
     attempt(InputError, "causal prefix", causal.replace(mask_mod=plx.masks.sliding_window(4)), return_aux=request)
     attempt(UnsupportedError, "solved probe", plx.MESA.replace(mask_mod=CAUSAL), return_aux=request)
     attempt(InputTypeError, "plx.State", initial_state=(1, 2))
-    attempt(InputError, "key_value must have shape", initial_state=aux.state._replace(key_value=torch.zeros(2, 2, 6, 6)))
+    attempt(
+        InputError, "key_value must have shape", initial_state=aux.state._replace(key_value=torch.zeros(2, 2, 6, 6))
+    )
     attempt(InputError, "key_sum must be a tensor", initial_state=aux.state._replace(key_sum=None))
