@@ -208,7 +208,8 @@ def node_layouts() -> list[Any]:
     return [layout(fake) for fake in inductor.V.graph.current_node.meta["val"] if not isinstance(fake, tuple)]
 
 
-def _allocate(layout: Any) -> Any:
+def allocate(layout: Any) -> Any:
+    """A buffer of ``layout`` that a kernel writes."""
     return inductor.empty_strided(layout.size, layout.stride, dtype=layout.dtype, device=layout.device)
 
 
@@ -340,14 +341,15 @@ def _instantiate(
         generators[position] = inductor.create_num_blocks_fake_generator(nodes[position + 1])
         generators[position + 1] = inductor.create_indices_fake
     tensors = [node for node in (*nodes, *call.captured, *mutated) if isinstance(node, inductor.ir.IRNode)]
-    out = inductor.autotune(f"parallax_{stage}", choices, _unique(tensors), layout, generators)
+    out = inductor.autotune(f"parallax_{stage}", choices, distinct(tensors), layout, generators)
     # Inductor looks here for the symbols that a kernel's mods use.
     out.data.data.subgraph_inps = call.captured
     out.data.data.subgraph_outs = _flat(subgraphs)
     return out
 
 
-def _unique(nodes: list[Any]) -> list[Any]:
+def distinct(nodes: list[Any]) -> list[Any]:
+    """Each node once."""
     seen: dict[int, Any] = {}
     for node in nodes:
         seen.setdefault(id(node), node)
@@ -367,7 +369,7 @@ def _flat(subgraphs: list[Any]) -> list[Any]:
 def _core_forward(call: _Call, plan: Plan, layouts: list[Any]) -> tuple[Any, Any, Any, Any]:
     problem = plan.problem
     out_layout, mean_layout, lse_layout, probe_mean_layout = layouts
-    lse, probe_mean, value_mean = map(_allocate, (lse_layout, probe_mean_layout, mean_layout))
+    lse, probe_mean, value_mean = map(allocate, (lse_layout, probe_mean_layout, mean_layout))
     if not problem.has_probe:
         zeros = inductor.lowerings[torch.ops.aten.full]
         probe_mean = zeros(probe_mean_layout.size, 0.0, dtype=probe_mean_layout.dtype, device=call.device)
@@ -431,7 +433,7 @@ def _core_backward_query(call: _Call, plan: Plan, layouts: list[Any], statistics
         if statistics[operand] is not None and problem.has_probe >= (name == "PROBE_SUM"):
             inputs |= {name: statistics[operand]}
     if need_query and need_probe:
-        inputs |= {"DR": _allocate(layouts[3])}
+        inputs |= {"DR": allocate(layouts[3])}
     primary = _instantiate(
         "core_backward_query",
         call,
@@ -463,7 +465,7 @@ def _core_backward_key(call: _Call, plan: Plan, layouts: list[Any], statistics: 
     need_value = problem.needs_grad[2]
     inputs = _backward_inputs(call, statistics, problem)
     if need_key and need_value:
-        inputs |= {"DV_OUT": _allocate(layouts[2])}
+        inputs |= {"DV_OUT": allocate(layouts[2])}
     captured = [*call.score_mod.mutated, *call.covariance_mod.mutated]
     primary = _instantiate(
         "core_backward_key",
@@ -567,7 +569,7 @@ def _lower_solve(*arguments: Any) -> Any:
     ]
     right, ridge = _realized(dense)
     layout, iterations_layout, residual_layout = node_layouts()
-    iterations, residual = _allocate(iterations_layout), _allocate(residual_layout)
+    iterations, residual = allocate(iterations_layout), allocate(residual_layout)
     inputs = {"Q": call.query, "K": call.key}
     if right is not None:
         inputs |= {"RIGHT": right}

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from .. import templates
-from . import scan
+from . import scan, scan_products
 from .candidates import candidates, padded
-from .inductor import node_layouts, precision, shared_memory_limit
+from .inductor import allocate, distinct, node_layouts, precision, shared_memory_limit
+from .plan import CHUNK, scan_segments
 from .torch_compat import inductor, inline_in_lowering
 
 
@@ -59,11 +59,7 @@ def _instantiate(
         for name, node in dense.items()
         if node is not None
     }
-    outputs = {
-        name: inductor.empty_strided(given.size, given.stride, dtype=given.dtype, device=given.device)
-        for name, given in written.items()
-        if given is not None
-    }
+    outputs = {name: allocate(given) for name, given in written.items() if given is not None}
     dtypes = {node.get_dtype() for node in operands.values()}
     low = torch.bfloat16 in dtypes
     # float16 ends at 65504, which sums over a sequence pass: its numbers are multiplied as TF32, which has as many bits.
@@ -79,12 +75,13 @@ def _instantiate(
     )
     if not inductor.config.max_autotune:
         found = found[:1]
+    nodes = [*inputs.values(), *outputs.values()]
     choices: list[Any] = []
     for candidate in found:
         block_n = min(candidate.block_n, padded(value_width))
         error = _TEMPLATES[stage].maybe_append_choice(
             choices,
-            input_nodes=[*inputs.values(), *outputs.values()],
+            input_nodes=nodes,
             layout=layout,
             mutated_inputs=list(outputs.values()),
             call_sizes=list(grid),
@@ -97,7 +94,7 @@ def _instantiate(
             D=width,
             DV=value_width,
             D_PAD=padded(width),
-            CHUNK=scan.CHUNK,
+            CHUNK=CHUNK,
             DOT="tl.bfloat16" if low else "tl.float32",
             PRECISION=exact,
             HAS_STARTS="STARTS" in inputs,
@@ -106,20 +103,15 @@ def _instantiate(
         )
         if error is not None:
             raise error
-    nodes = [*inputs.values(), *outputs.values()]
-    result = inductor.autotune(f"parallax_{stage}", choices, _distinct(nodes), layout, {})
+    result = inductor.autotune(f"parallax_{stage}", choices, distinct(nodes), layout, {})
     return result, outputs
-
-
-def _distinct(nodes: list[Any]) -> list[Any]:
-    return list({id(node): node for node in nodes}.values())
 
 
 @inductor.register_lowering(torch.ops.parallax.scan_totals.default, type_promotion_kind=None)
 def _lower_totals(
     key: Any, value: Any, key_level: Any, value_level: Any, starts: Any, heads: int, segments: int, backward: bool
 ) -> Any:
-    """Inductor's lowering of :data:`~.scan.scan_totals`."""
+    """Inductor's lowering of :data:`~.scan_products.scan_totals`."""
     layout, first, second = node_layouts()
     guard = inductor.V.graph.sizevars.guard_int
     batch, key_heads, length, _ = key.get_size()
@@ -147,16 +139,16 @@ def _lower_totals(
 
 @inductor.register_lowering(torch.ops.parallax.scan_product.default, type_promotion_kind=None)
 def _lower_product(x: Any, key: Any, value: Any, inverse: Any, starts: Any, level: Any, *rest: Any) -> Any:
-    """Inductor's lowering of :data:`~.scan.scan_product`."""
+    """Inductor's lowering of :data:`~.scan_products.scan_product`."""
     sums, initial = rest[:3], rest[3:6]
     role, intercept, moment, save_state, whole, _ = rest[6:]
-    backward, transposed = scan.ROLES[role].backward, scan.ROLES[role].transposed
+    backward, transposed = scan_products.ROLES[role].backward, scan_products.ROLES[role].transposed
     guard = inductor.V.graph.sizevars.guard_int
     layout, found_layout, *state_layouts = node_layouts()
     batch, heads, length, _ = x.get_size()
     x_heads, key_heads = guard(heads), guard(key.get_size()[1])
     total_segments = 1 if sums[0] is None else guard(sums[0].get_size()[2])
-    has_moment = scan.has_moment(role, intercept, moment)
+    has_moment = scan_products.has_moment(role, intercept, moment)
     # K's sum and V's are the other way round where the sums lie transposed.
     order = (0, 2, 1) if transposed else (0, 1, 2)
 
@@ -182,7 +174,7 @@ def _lower_product(x: Any, key: Any, value: Any, inverse: Any, starts: Any, leve
         {
             "GQA": 1 if backward else x_heads // key_heads,
             "GROUP": key_heads // x_heads if backward else 1,
-            "SEGMENTS": scan.segment_count(_size(batch), x_heads, _size(length)) if whole else total_segments,
+            "SEGMENTS": scan_segments(_size(batch), x_heads, _size(length)) if whole else total_segments,
             "TOTAL_SEGMENTS": total_segments,
             "BACKWARD": backward,
             "TRANSPOSED": transposed,
@@ -203,36 +195,28 @@ def _lower_product(x: Any, key: Any, value: Any, inverse: Any, starts: Any, leve
         (batch, heads),
         length,
     )
-    none = [_empty(layout) for layout in (found_layout, *state_layouts)]
-    finals = [
-        outputs.get(name)
-        for name in ("FINAL", *(("FINAL_SECOND", "FINAL_FIRST") if transposed else ("FINAL_FIRST", "FINAL_SECOND")))
-    ]
-    results = [outputs.get("MOMENT"), *finals]
-    return (y, *(empty if result is None else result for result, empty in zip(results, none, strict=True)))
+    names = ("MOMENT", "FINAL", *(("FINAL_SECOND", "FINAL_FIRST") if transposed else ("FINAL_FIRST", "FINAL_SECOND")))
+    layouts = (found_layout, *state_layouts)
+    return (y, *(outputs.get(name) or allocate(empty) for name, empty in zip(names, layouts, strict=True)))
 
 
 def _size(size: Any) -> Any:
     return int(size) if getattr(size, "is_number", isinstance(size, int)) else size
 
 
-def _empty(layout: Any) -> Any:
-    return inductor.empty_strided(layout.size, layout.stride, dtype=layout.dtype, device=layout.device)
+_KERNELS = scan.Kernels(torch.ops.parallax.scan_totals, torch.ops.parallax.scan_product, scan_segments)
 
 
-_KERNELS = scan.Kernels(torch.ops.parallax.scan_totals, torch.ops.parallax.scan_product, scan.segment_count)
-
-
-def _lowered(function: Callable[..., Any]) -> Callable[..., Any]:
+def _lowered(direction: str) -> Callable[..., Any]:
     """The lowering of an operator that is made of the kernels' two."""
 
     def lower(*arguments: Any) -> Any:
         tensor = next(argument for argument in arguments if isinstance(argument, inductor.ir.IRNode))
         kernels = scan.PLAIN if tensor.get_device().type == "cpu" else _KERNELS
-        return inline_in_lowering(functools.partial(function, kernels=kernels), arguments)
+        return inline_in_lowering(getattr(kernels, direction), arguments)
 
     return lower
 
 
-inductor.register_lowering(torch.ops.parallax.scan.default, type_promotion_kind=None)(_lowered(scan.forward))
-inductor.register_lowering(torch.ops.parallax.scan_backward.default, type_promotion_kind=None)(_lowered(scan.backward))
+inductor.register_lowering(torch.ops.parallax.scan.default, type_promotion_kind=None)(_lowered("forward"))
+inductor.register_lowering(torch.ops.parallax.scan_backward.default, type_promotion_kind=None)(_lowered("backward"))

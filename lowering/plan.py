@@ -6,13 +6,22 @@ The lowering executes a plan, ``plx.explain`` prints it, tests compare its text.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
-Algorithm = Literal["streaming", "row chunks", "pointwise", "conjugate gradients", "gradient steps"]
+Direction = Literal["forward", "backward"]
+Algorithm = Literal["streaming", "row chunks", "pointwise", "conjugate gradients", "gradient steps", "chunked scan"]
 
 EXPECTED_ITERATIONS = 16
 """Steps that a solve is expected to take, for its cost: rows stop by their residual (the first ``2 D`` rows take more)."""
+
+CHUNK = 64
+"""Rows that a kernel of a scan takes at once, at most; segments are whole numbers of them."""
+
+# A program of a scan adds up the segments before its own, so that they are few; and each is several chunks of rows.
+_MOST_SEGMENTS = 16
+_LEAST_SEGMENT = 256
+_SCAN_PROGRAMS = 1024
 
 
 @dataclass(frozen=True)
@@ -26,6 +35,7 @@ class Problem:
         needs_grad: which of query, key, value, probe need a gradient; None for inference.
         captured_grads: whether a tensor captured by a mod needs a gradient.
         uniform: whether every allowed key weighs the same (infinite bandwidth): no product of queries and keys.
+        prefix: whether each row's keys are a causal prefix (of its document), or all of them.
         probe_steps: steps of the stage that finds the probe, for a solved (expected) or gradient probe; 0 for others.
         solved: whether that stage stops by residual and is differentiated implicitly.
     """
@@ -50,8 +60,14 @@ class Problem:
     needs_grad: tuple[bool, bool, bool, bool] | None = None
     captured_grads: bool = False
     uniform: bool = False
+    prefix: bool = False
     probe_steps: int = 0
     solved: bool = False
+
+    @property
+    def scans(self) -> bool:
+        """Whether the sums run along the sequence."""
+        return self.prefix and chunked_scan(self.uniform, self.covariance_mod)
 
     @property
     def score_products(self) -> int:
@@ -75,15 +91,17 @@ class Stage:
         products: matrix products of ``[Lq, D] x [D, Lk]`` size that it takes, as (of width D, of width Dv).
         reads, writes: tensors that it moves, by name.
         reason: why this stage and not another.
+        keys: how many keys a row meets; None is the visited ones.
     """
 
     name: str
     algorithm: Algorithm
-    direction: Literal["forward", "backward"]
+    direction: Direction
     products: tuple[int, int]
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     reason: str
+    keys: int | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +131,8 @@ class Plan:
     def cost(self, stage: Stage) -> Cost:
         """The least cost of ``stage``; sizes must be ints."""
         p = self.problem
-        pairs = p.batch * p.q_heads * p.q_length * p.kv_length * p.visited
+        keys = p.kv_length * p.visited if stage.keys is None else stage.keys
+        pairs = p.batch * p.q_heads * p.q_length * keys
         flops = 2.0 * pairs * (stage.products[0] * p.width + stage.products[1] * p.value_width)
         moved = sum(_elements(p, name) * _itemsize(p, name) for name in (*stage.reads, *stage.writes))
         return Cost(flops, float(moved))
@@ -127,17 +146,66 @@ def chunked_scan(uniform: bool, covariance_mod: bool) -> bool:
     return uniform and not covariance_mod
 
 
+def scan_segments(batch: Any, heads: Any, length: Any) -> int:
+    """Into how many segments a scan cuts the sequence, so that the device has enough to do: a constant of its kernels."""
+    if not all(isinstance(size, int) for size in (batch, heads, length)):
+        return _MOST_SEGMENTS // 2
+    most = min(_MOST_SEGMENTS, -(-length // _LEAST_SEGMENT))
+    return max(1, min(most, -(-_SCAN_PROGRAMS // max(1, 2 * batch * heads))))
+
+
 def make_plan(problem: Problem) -> Plan:
     """Choose the stages of ``problem``.
 
     Finite bandwidth with a zero or learned probe is one streaming pass forward; backward, the row terms, then one pass
-    for query and probe and one for key and value, each left out when nothing needs it.
+    for query and probe and one for key and value, each left out when nothing needs it. Infinite bandwidth over a prefix
+    is a scan instead.
     """
+    if problem.scans:
+        return Plan(problem, tuple(_scan(problem)))
     algorithm: Algorithm = "streaming" if problem.device != "cpu" else "row chunks"
     stages = [*_probe_stages(problem), _forward(problem, algorithm)]
     if problem.needs_grad is not None:
         stages += [*_backward(problem, algorithm), *_probe_backward(problem)]
     return Plan(problem, tuple(stages))
+
+
+def _scan(problem: Problem) -> list[Stage]:
+    """The stages where the sums run; a product meets the keys of its chunk, and the others as D rows of their sums."""
+    chunk_and_sums = CHUNK + problem.width
+
+    def totals(direction: Direction, *reads: str) -> Stage:
+        reason = "the sums of each segment, so that the segments run at once"
+        return Stage("scan_totals", "chunked scan", direction, (0, 1), reads, (), reason, problem.width)
+
+    def product(direction: Direction, reads: tuple[str, ...], written: str, reason: str) -> Stage:
+        return Stage("scan_product", "chunked scan", direction, (1, 1), reads, (written,), reason, chunk_and_sums)
+
+    def linear(stages: list[Stage]) -> list[Stage]:
+        # The systems themselves are still solved over the visited keys.
+        return [stage if stage.name == "core_solve" else replace(stage, keys=chunk_and_sums) for stage in stages]
+
+    forward = ("key", "value", *_probe(problem, "probe"))
+    stages = [
+        *linear(_probe_stages(problem)),
+        totals("forward", "key", "value"),
+        product("forward", forward, "out", "infinite bandwidth over a prefix: linear in the length"),
+    ]
+    if problem.needs_grad is None:
+        return stages
+    _, need_key, need_value, need_probe = problem.needs_grad
+    need_key, need_probe = need_key and problem.has_probe, need_probe and problem.has_probe
+    reads = (*forward, "grad_out")
+    if need_probe or (need_key and problem.intercept):
+        stages.append(totals("backward", "key", "value"))
+        stages.append(product("backward", reads, "grad_probe", "the probe's gradient; the key's needs its means"))
+    if need_key or need_value:
+        stages.append(totals("backward", "grad_out", *_probe(problem, "probe")))
+    if need_value:
+        stages.append(product("backward", reads, "grad_value", "value needs a gradient: the sums run backwards"))
+    if need_key:
+        stages.append(product("backward", reads, "grad_key", "key needs a gradient: the sums run backwards"))
+    return [*stages, *linear(_probe_backward(problem))]
 
 
 def _probe_stages(problem: Problem) -> list[Stage]:
@@ -174,7 +242,7 @@ def _probe_backward(problem: Problem) -> list[Stage]:
     return []
 
 
-def _solve(problem: Problem, direction: Literal["forward", "backward"], reason: str) -> Stage:
+def _solve(problem: Problem, direction: Direction, reason: str) -> Stage:
     scores = int(not problem.uniform)
     products = scores + 1 + problem.probe_steps * (scores + 2)
     reads, writes = (

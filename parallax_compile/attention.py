@@ -285,6 +285,7 @@ def _compiled(call: _Call) -> tuple[Tensor, AuxOutput]:
         mark_static(tensor, -3)
         mark_static(tensor, -1)
     if call.prefix is not None:
+        validation.check_scan_options(call.kernel_options)
         return _summed(call)
     block_mask = combined_block_mask(spec.mask_mod, call.block_mask, query, key)
     weights = _weights(call, block_mask)

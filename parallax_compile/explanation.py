@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from . import validation
+from . import masks, validation
 from .block_masks import combined_block_mask
 from .lowering.plan import EXPECTED_ITERATIONS, Cost, Plan, Problem, Stage, make_plan
 from .lowering.targets import Target, resolve
@@ -120,6 +120,7 @@ def explain(
         needs = tuple(tensor is not None for tensor in tensors)
     resolved = None if target == "cpu" else resolve(target)
     mask = combined_block_mask(spec.mask_mod, block_mask, query, key)
+    prefix = masks.prefix(spec.mask_mod, query.size(2), key.size(2)) if block_mask is None else None
     problem = Problem(
         batch=query.size(0),
         q_heads=query.size(1),
@@ -140,6 +141,7 @@ def explain(
         visited=1.0 if mask is None else _visited(mask),
         needs_grad=needs if backward else None,  # type: ignore[arg-type]
         uniform=spec.bandwidth.kind == "infinite",
+        prefix=prefix is not None,
         probe_steps=_probe_steps(spec),
         solved=isinstance(spec.probe, Solved),
     )

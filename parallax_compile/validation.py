@@ -280,6 +280,16 @@ def check_kernel_options(options: Any) -> None:
             raise_input(InputError, f"kernel_options[{name}] must be a power of two of at least 16, but got {option}.")
 
 
+def check_scan_options(options: Any) -> None:
+    """``kernel_options`` are of the streaming kernels."""
+    if options:
+        raise_input(
+            UnsupportedError,
+            "kernel_options do not reach the scan, which this call takes (infinite bandwidth under a causal mask or none). "
+            "Leave them out.",
+        )
+
+
 def check_compiled(query: Tensor, value: Tensor, spec: AttentionSpec) -> None:
     """What the compiled path covers; the rest is the reference's, uncompiled."""
     instead = "Call plx.attention outside of torch.compile: the reference covers it."

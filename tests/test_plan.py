@@ -131,3 +131,34 @@ def test_candidates_divide_the_masks_blocks_and_obey_options() -> None:
         candidates("core_forward", **given, q_block=32, options={"BLOCK_M": 64})
     with pytest.raises(ValueError, match="shared memory"):
         candidates("core_forward", **given, options={"BLOCK_M": 512, "BLOCK_N": 512})
+
+
+def test_a_scan() -> None:
+    """Infinite bandwidth over a prefix: stages whose work does not grow with the number of keys."""
+    plans = [
+        make_plan(problem(uniform=True, prefix=True, needs_grad=(True,) * 4, kv_length=n, q_length=n))
+        for n in (4096, 8192)
+    ]
+    assert_expected_inline(
+        text(plans[0]),
+        """\
+forward scan_totals [chunked scan] (0, 1) reads key value writes \n\
+forward scan_product [chunked scan] (1, 1) reads key value probe writes out
+backward scan_totals [chunked scan] (0, 1) reads key value writes \n\
+backward scan_product [chunked scan] (1, 1) reads key value probe grad_out writes grad_probe
+backward scan_totals [chunked scan] (0, 1) reads grad_out probe writes \n\
+backward scan_product [chunked scan] (1, 1) reads key value probe grad_out writes grad_value
+backward scan_product [chunked scan] (1, 1) reads key value probe grad_out writes grad_key""",
+    )
+    short, long = (sum(plan.cost(stage).flops for stage in plan.stages) for plan in plans)
+    assert long == 2 * short
+    streamed = make_plan(problem(uniform=True, prefix=True, covariance_mod=True))
+    assert [stage.name for stage in streamed.stages] == ["core_forward"]
+
+
+def test_explain_tells_of_the_scan() -> None:
+    q, k, v, r = (torch.empty(1, 2, 256, 16) for _ in range(4))
+    causal = plx.AFFINE_LINEAR.replace(mask_mod=plx.masks.causal())
+    assert "chunked scan" in str(plx.explain(causal, q, k, v, r, target="sm_90"))
+    windowed = causal.replace(mask_mod=plx.masks.sliding_window(8))
+    assert "chunked scan" not in str(plx.explain(windowed, q, k, v, r, target="sm_90"))

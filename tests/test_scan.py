@@ -150,6 +150,13 @@ def test_a_covariance_mod_streams() -> None:
     assert relative_error(torch.compile(call, backend="aot_eager")(*inputs), call(*inputs)) < 1e-12
 
 
+def test_kernel_options_are_not_ignored() -> None:
+    spec = plx.AFFINE_LINEAR.replace(mask_mod=CAUSAL)
+    call = lambda *x: plx.attention(*x, spec=spec, enable_gqa=True, kernel_options={"BLOCK_M": 32})
+    with pytest.raises(UnsupportedError, match="do not reach the scan"):
+        torch.compile(call, backend="eager", fullgraph=True)(*operands(spec, 20))
+
+
 def test_bad_states() -> None:
     q, k, v, r = operands(plx.AFFINE_LINEAR, length=20)
     request = plx.AuxRequest(state=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -32,7 +33,7 @@ def operands(
 
 
 def in_segments(count: int) -> Any:
-    kernels = inductor_scan._KERNELS._replace(segments=lambda *sizes: count)
+    kernels = replace(inductor_scan._KERNELS, segments=lambda *sizes: count)
     return mock.patch.object(inductor_scan, "_KERNELS", kernels)
 
 
@@ -71,9 +72,15 @@ def test_keys_with_an_offset_cost_nothing() -> None:
     spec = plx.AFFINE_LINEAR.replace(mask_mod=CAUSAL)
     call = lambda *x: plx.attention(*x, spec=spec, enable_gqa=True)
     inputs = operands(torch.bfloat16, offset=10.0)
+    plain = operands(torch.bfloat16)
+    keep = torch.ones(150, 150, dtype=torch.bool).tril()
+    rough = relative_error(
+        low_precision(*plain, mask=keep, scale=0.0),
+        low_precision(*(tensor.double() for tensor in plain), mask=keep, scale=0.0),
+    )
     with torch.no_grad(), in_segments(2):
         got = interpreter.interpreted(call)(*inputs)
-        assert relative_error(got, call(*(tensor.double() for tensor in inputs))) < 2.0**-8
+        assert relative_error(got, call(*(tensor.double() for tensor in inputs))) <= budget(rough, torch.bfloat16)
 
 
 def test_float16_does_not_overflow() -> None:
@@ -102,4 +109,8 @@ def test_a_state_goes_from_call_to_call() -> None:
     want = with_gradients(whole, leaves(inputs, torch.float64))
     with in_segments(2):
         got = with_gradients(interpreter.interpreted(call), leaves(inputs, torch.float32))
-    assert max(relative_error(a, b) for a, b in zip(got, want, strict=True)) < 2e-6
+    keep = torch.ones(150, 150, dtype=torch.bool).tril() & (IDS[:, None] == IDS)
+    uniform = lambda *x: low_precision(*joined(*x), mask=keep, scale=0.0)
+    rough = with_gradients(uniform, leaves(inputs, torch.float32))
+    for mine, theirs, exact in zip(got, rough, want, strict=True):
+        assert relative_error(mine, exact) <= budget(relative_error(theirs, exact), torch.float32)
