@@ -3,7 +3,9 @@
     python benchmarks/scan.py --json benchmarks/results/scan.json
 
 Prints errors against the float64 reference (plain, documents, keys with an offset), times with a cold L2, ratios to fla where
-it is installed (``flash-linear-attention==0.6.0``), and the exponent of the growth with the length. ``--quick`` runs on a CPU.
+it is installed (``flash-linear-attention==0.6.0``), and the exponent of the growth with the length. Times under about a
+millisecond hold the host's; ``--widths --batched 0 --members AFFINE_LINEAR --lengths 65536 131072 262144`` is for the growth.
+``--quick`` runs on a CPU.
 """
 
 from __future__ import annotations
@@ -142,7 +144,9 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--widths", type=int, nargs="*", default=[64, 128, 96], help="of the errors")
-    parser.add_argument("--shapes", type=int, default=None, help="time only the first so many shapes")
+    parser.add_argument("--members", nargs="+", default=list(OURS), choices=list(OURS))
+    parser.add_argument("--batched", type=int, default=2, help="time only so many of the shapes with a larger batch")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[4096, 16384, 65536], help="of (1, 16, length, 128)")
     parser.add_argument("--quick", action="store_true", help="small shapes")
     arguments = parser.parse_args()
     device, quick = arguments.device, arguments.quick
@@ -150,22 +154,22 @@ def main() -> int:
     length, widths = (150, [16]) if quick else (1000, arguments.widths)
     rows = []
     for width in widths:
-        for name, spec in OURS.items():
+        for name in arguments.members:
             for kind in ("plain", "documents", "offset", "no mask"):
                 torch._dynamo.reset()
-                found = errors(spec, device, length, width, kind)
+                found = errors(OURS[name], device, length, width, kind)
                 record["errors"].append({"member": name, "width": width, "length": length, "kind": kind, **found})
                 cells = [f"{found[key]:.1e}" if key in found else "" for key in ("out", "dk", "dv", "dr")]
                 rows.append([name, width, kind, *cells, found["repeatable"]])
     print(tabulate(rows, headers=["member", "D", "case", "out", "dk", "dv", "dr", "same bits"], disable_numparse=True))
 
-    long = [256, 512] if quick else [4096, 16384, 65536]
-    shapes = [(1, 2, 64, 16)] if quick else [(4, 16, 4096, 128), (8, 16, 2048, 64)]
+    long = [256, 512] if quick else arguments.lengths
+    shapes = [(1, 2, 64, 16)] if quick else [(4, 16, 4096, 128), (8, 16, 2048, 64)][: arguments.batched]
     shapes += [(1, 2 if quick else 16, n, 16 if quick else 128) for n in long]
     rows, by_length = [], []
-    for shape in shapes[: arguments.shapes]:
+    for shape in shapes:
         torch._dynamo.reset()
-        calls = {name: ours(spec) for name, spec in OURS.items()}
+        calls = {name: ours(OURS[name]) for name in arguments.members}
         peer = fla() if device == "cuda" else None
         if peer is not None:
             calls["fla linear"] = peer
@@ -183,10 +187,10 @@ def main() -> int:
     headers = ["B, H, L, D", "contender", "fwd ms", "fla / it", "both ms", "fla / it", "failed"]
     print("\n" + tabulate(rows, headers=headers, disable_numparse=True))
     record["growth"] = {}
-    for name in OURS:
+    for name in arguments.members if len(long) > 1 else ():
         for direction in ("forward", "both"):
             clocked = [found[name].get(direction, {}).get("ms") for found in by_length[-len(long) :]]
-            if len(by_length) == len(shapes) and all(clocked):
+            if all(clocked):
                 record["growth"][f"{name} {direction}"] = growth(long, clocked)
     print("\ngrowth exponents:", {name: round(value, 3) for name, value in record["growth"].items()})
     if arguments.json:
