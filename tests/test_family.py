@@ -177,5 +177,6 @@ def test_explain_counts_the_stage_in_front() -> None:
         ("core_solve", "backward"),
         ("solution_product", "backward"),
     ]
-    uniform = plx.explain(plx.AFFINE_LINEAR, q, q, q, q, target="sm_90", backward=False).plan.stages[0]
+    windowed = plx.AFFINE_LINEAR.replace(mask_mod=plx.masks.sliding_window(8))
+    uniform = plx.explain(windowed, q, q, q, q, target="sm_90", backward=False).plan.stages[0]
     assert uniform.products == (1, 2)
