@@ -60,6 +60,7 @@ class Case:
     requires_grad: tuple[bool, bool, bool, bool] = (True, True, True, True)
     dynamic: bool | None = None
     deterministic: bool = True
+    options: dict[str, Any] | None = None
 
 
 def _tanh(captured: dict[str, Tensor]) -> Any:
@@ -104,6 +105,23 @@ def cases(quick: bool) -> list[Case]:
         Case("only probe", requires_grad=(False, False, False, True)),
         Case("dynamic lengths", mask=causal, q_length=333, kv_length=333, dynamic=True),
     ]  # fmt: skip
+    specialized = {"fwd_WARP_SPECIALIZED": True}
+    found += [
+        replace(case, name=f"specialised, {case.name}", options=specialized)
+        for case in (
+            Case("causal"),
+            Case("causal D=128 L=1000", mask=causal, width=128, q_length=1000, kv_length=1000),
+            Case("odd D=80 Dv=48", mask=causal, q_length=777, kv_length=777, width=80, value_width=48),
+            Case("cross 65 x 1000", q_length=65, kv_length=1000, width=128),
+            Case("GQA window", mask=window, q_heads=8, kv_heads=2, width=128, q_length=515, kv_length=515),
+            Case("empty rows", mask=plx.masks.causal(offset=-70)),
+            Case("softmax D=128", spec=plx.SOFTMAX, mask=causal, width=128, q_length=1111, kv_length=1111),
+            Case("softmax", spec=plx.SOFTMAX, mask=causal, q_heads=8, kv_heads=2, layout="blhd"),
+            Case("no intercept", spec=plx.PARALLAX.replace(intercept=False), mask=causal),
+            Case("keys offset 10 sigma D=128", mask=causal, key_offset=10.0, width=128),
+            Case("dynamic lengths", mask=causal, q_length=333, kv_length=333, dynamic=True),
+        )
+    ]
     for dtype in ("fp16", "fp32"):
         found += [
             Case("causal", dtype, mask=causal),
@@ -182,7 +200,7 @@ def check(case: Case) -> Result:
 
     def call(tensors: dict[str, Tensor], mask: Any) -> Callable[..., Tensor]:
         return lambda q, k, v, r: plx.attention(
-            q, k, v, r, spec=case.spec, block_mask=mask, enable_gqa=True,
+            q, k, v, r, spec=case.spec, block_mask=mask, enable_gqa=True, kernel_options=case.options,
             score_mod=case.score and case.score(tensors), covariance_mod=case.covariance and case.covariance(tensors),
         )  # fmt: skip
 

@@ -95,7 +95,7 @@ class Contender:
         return None
 
 
-def _ours(spec: plx.AttentionSpec) -> Callable[[Case, str], Call]:
+def _ours(spec: plx.AttentionSpec, options: dict[str, Any] | None = None) -> Callable[[Case, str], Call]:
     def build(case: Case, device: str) -> Call:
         mask = plx.masks.block_mask(case.mask, None, None, case.length, case.length, device)
         chosen = spec
@@ -107,7 +107,7 @@ def _ours(spec: plx.AttentionSpec) -> Callable[[Case, str], Call]:
 
         def call(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Tensor:
             probe = None if chosen.probe.kind == "zero" else r
-            return plx.attention(q, k, v, probe, spec=chosen, block_mask=mask, enable_gqa=gqa)
+            return plx.attention(q, k, v, probe, spec=chosen, block_mask=mask, enable_gqa=gqa, kernel_options=options)
 
         return torch.compile(call, fullgraph=True)
 
@@ -154,9 +154,13 @@ def _fla(case: Case, device: str) -> Call:
     return lambda q, k, v, r: parallel_parallax(*(x.transpose(1, 2) for x in (q, r, k, v))).transpose(1, 2)
 
 
+SPECIALIZED = {"fwd_WARP_SPECIALIZED": True}
+
 CONTENDERS = (
     Contender("parallax, ours", "parallax", _ours(plx.PARALLAX), plain_only=False, on_cpu=True),
     Contender("softmax, ours", "softmax", _ours(plx.SOFTMAX), plain_only=False, on_cpu=True),
+    Contender("parallax, ours, specialised", "parallax", _ours(plx.PARALLAX, SPECIALIZED)),
+    Contender("softmax, ours, specialised", "softmax", _ours(plx.SOFTMAX, SPECIALIZED)),
     Contender("softmax, flex_attention", "softmax", _flex, plain_only=False),
     Contender("softmax, cuDNN", "softmax", _sdpa("CUDNN_ATTENTION")),
     Contender("softmax, FA2", "softmax", _sdpa("FLASH_ATTENTION")),

@@ -20,6 +20,9 @@ class Candidate:
     Attributes:
         tma: whether loops read their tiles through tensor descriptors by the copy engine (Hopper and later), not by pointers.
         held: how many of the tiles that stay (query, probe; query, gradient, probe; key, value) are kept in registers.
+        specialized: whether it is the stage's warp-specialised kernel for Hopper (Gluon), whose ``block_m`` rows are those of
+            one of its two groups of warps.
+        overlap: there, whether a block's weights are made while the last one's products with the values run.
     """
 
     block_m: int
@@ -28,6 +31,8 @@ class Candidate:
     num_stages: int
     tma: bool = False
     held: int = 0
+    specialized: bool = False
+    overlap: bool = False
 
 
 _Row = tuple[tuple[int, ...], ...]
@@ -160,6 +165,15 @@ _TABLE_WITHOUT_PROBE: dict[tuple[str, bool, int], _Row] = {
     ),
 }
 
+# (stage, has a probe, padded width up to) -> warp-specialised candidates, best first: BLOCK_N, stages, overlap. From
+# throwaway kernels on an H100 (benchmarks/NOTES.md).
+_SPECIALIZED_TABLE: dict[tuple[str, bool, int], tuple[tuple[int, int, bool], ...]] = {
+    ("core_forward", True, 64): ((64, 4, True), (128, 3, False)),
+    ("core_forward", True, 128): ((64, 3, False),),
+    ("core_forward", False, 64): ((128, 3, False), (128, 3, True)),
+    ("core_forward", False, 128): ((128, 2, False), (128, 2, True)),
+}
+
 _OPTION_PREFIXES = {
     "core_forward": ("", "fwd_"),
     "core_solve": ("", "solve_"),
@@ -175,7 +189,14 @@ _OPTION_FIELDS = {
     "num_stages": "num_stages",
     "USE_TMA": "tma",
     "HELD_TILES": "held",
+    "WARP_SPECIALIZED": "specialized",
 }
+
+SPECIALIZED_STAGES = ("core_forward",)
+"""Stages that have a warp-specialised kernel beside Triton's."""
+
+SPECIALIZED_GROUPS = 2
+"""Groups of four warps that share the key and value tiles of a warp-specialised kernel; each has ``block_m`` rows."""
 
 
 def padded(width: int) -> int:
@@ -187,6 +208,10 @@ def shared_memory(stage: str, candidate: Candidate, width: int, value_width: int
     """Estimate, in bytes, of the shared memory that a candidate needs: the tiles that stay and the tiles in flight."""
     d, dv, bm, bn = padded(width), padded(value_width), candidate.block_m, candidate.block_n
     query_side = d * (2 if probe or stage == "core_solve" else 1)
+    if candidate.specialized:
+        # No scores in shared memory, but what the epilogue turns into whole rows, and barriers.
+        rows = SPECIALIZED_GROUPS * bm
+        return itemsize * (rows * (query_side + dv) + bn * (d + dv) * candidate.num_stages) + 1024
     if stage == "core_forward":
         stay, stream = bm * query_side, bn * (d + dv)
     elif stage == "core_solve":
@@ -212,6 +237,7 @@ def candidates(
     has_probe: bool,
     shared_memory_limit: int,
     tma: bool = False,
+    specialized: bool = False,
     q_block: int | None = None,
     kv_block: int | None = None,
     options: Mapping[str, Any] | None = None,
@@ -225,12 +251,13 @@ def candidates(
         has_probe: whether a probe tile is held too.
         shared_memory_limit: bytes that one block may use on the target.
         tma: whether the target has tensor descriptors and the tensors are laid out as they need it.
+        specialized: whether the call is one that a warp-specialised kernel can compute, on a target that it is for.
         q_block, kv_block: sizes of the block mask's blocks, which tiles must divide; None without one.
         options: the user's ``kernel_options``; a more specific prefix wins over a less specific one.
 
     Raises:
         InputError: the user's options exceed the target's shared memory, do not divide the mask's blocks, or ask for
-            tensor descriptors where there can be none.
+            tensor descriptors or a warp-specialised kernel where there can be none.
     """
     widest = max(padded(width), padded(value_width))
     row = next(limit for limit in (64, 128, 256) if widest <= limit)
@@ -240,11 +267,21 @@ def candidates(
             f"kernel_options[USE_TMA] of {stage} needs a GPU of capability 9.0 or more, and query, key, value, probe and "
             "the gradient of out with contiguous rows at multiples of 16 bytes. Leave it out, or copy with .contiguous()."
         )
-    key = (stage, itemsize == 2, row)
-    rows = (_TABLE_WITHOUT_PROBE.get(key) if not has_probe else None) or _TABLE[key]
+    if forced.pop("specialized", False) and (
+        stage in SPECIALIZED_STAGES or _names_stage(stage, "WARP_SPECIALIZED", options)
+    ):
+        # Never unasked: as generated they have run in the tests' interpreter only, not in benchmarks/check_device.py on a GPU.
+        table = [
+            Candidate(64, block_n, 4, stages, tma=True, specialized=True, overlap=overlap)
+            for block_n, stages, overlap in _SPECIALIZED_TABLE.get((stage, has_probe, row), ())
+        ]
+        _check_specialized(stage, specialized and tma and bool(table), forced)
+    else:
+        key = (stage, itemsize == 2, row)
+        rows = (_TABLE_WITHOUT_PROBE.get(key) if not has_probe else None) or _TABLE[key]
+        table = [Candidate(*values) for values in rows]  # type: ignore[arg-type]  # the fifth of a row is a bool
     found: list[Candidate] = []
-    for values in rows:
-        candidate = Candidate(*values)  # type: ignore[arg-type]  # the fifth of a row is a bool
+    for candidate in table:
         if candidate.tma and not tma and "tma" not in forced:
             continue
         candidate = replace(candidate, **forced)
@@ -280,6 +317,25 @@ def _forced(stage: str, options: Mapping[str, Any]) -> dict[str, Any]:
             if prefix + name in options:
                 forced[attribute] = options[prefix + name]
     return forced
+
+
+def _names_stage(stage: str, name: str, options: Mapping[str, Any] | None) -> bool:
+    """Whether an option is asked of the stage itself, and not of every stage that has it."""
+    return any(prefix + name in (options or {}) for prefix in _OPTION_PREFIXES[stage] if prefix)
+
+
+def _check_specialized(stage: str, possible: bool, forced: Mapping[str, Any]) -> None:
+    if not possible:
+        raise InputError(
+            f"kernel_options[WARP_SPECIALIZED] of {stage} needs a Hopper GPU (capability 9.x), a Triton with Gluon, "
+            "the forward of bfloat16 (without a probe also float16) inputs of widths up to 128 with contiguous rows at "
+            "multiples of 16 bytes, a positive scale, no score_mod or covariance_mod, a mask that only compares indices "
+            "and captured tensors, and mask blocks of whole 128 rows. Leave it out."
+        )
+    for name, value in (("BLOCK_M", 64), ("num_warps", 4), ("USE_TMA", True), ("HELD_TILES", 0)):
+        got = forced.get(_OPTION_FIELDS[name], value)
+        if got != value:
+            raise InputError(f"kernel_options[{name}] of a warp-specialised {stage} must be {value}, but got {got}.")
 
 
 def _check_forced(stage: str, candidate: Candidate, q_block: int | None, kv_block: int | None) -> None:

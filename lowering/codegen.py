@@ -319,10 +319,10 @@ def _checked_candidate(candidate: int | Mapping[str, int]) -> _Candidate:
 
 
 def _stage_of(choice: str) -> str | None:
-    """``triton_parallax_core_forward_3`` -> ``core_forward``."""
+    """``triton_parallax_core_forward_3``, ``triton_parallax_core_forward_specialized_3`` -> ``core_forward``."""
     if not choice.startswith(_OUR_TEMPLATES):
         return None
-    return choice.removeprefix(_OUR_TEMPLATES).rsplit("_", 1)[0]
+    return choice.removeprefix(_OUR_TEMPLATES).rsplit("_", 1)[0].removesuffix("_specialized")
 
 
 def _parameters_of(choice: Any) -> dict[str, Any]:

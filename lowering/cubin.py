@@ -21,6 +21,7 @@ from ..errors import UnsupportedError
 from . import torch_compat_codegen as compat
 from .codegen import LOCK, GeneratedKernel, require_triton
 from .targets import Target, resolve
+from .torch_compat import source_type
 
 __all__ = ["STAGES", "CompiledKernel", "Resources", "compile_kernel", "tool"]
 
@@ -117,7 +118,8 @@ def compile_kernel(kernel: GeneratedKernel, target: str | Target | None = None) 
     # Parts of Triton's front end ask the active driver for its target, which must then be ours.
     with LOCK, compat.pretend_gpu(resolved):
         loaded = compat.compile_arguments(compat.load_kernel(kernel.name, kernel.source))
-        source = ASTSource(loaded.function, loaded.signature, loaded.constants, loaded.attributes)
+        kind = source_type(loaded.function, ASTSource)
+        source = kind(loaded.function, loaded.signature, loaded.constants, loaded.attributes)
         binary = triton.compile(source, target=GPUTarget("cuda", resolved.arch, 32), options=loaded.options)
     asm: dict[str, str | bytes] = {stage: binary.asm[stage] for stage in STAGES if stage in binary.asm}
     missing = {stage: "triton did not make it" for stage in STAGES[:-1] if stage not in asm}

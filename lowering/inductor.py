@@ -11,15 +11,19 @@ import torch
 
 from .. import templates
 from . import cpu, elementwise  # noqa: F401  (elementwise registers its lowerings)
-from .candidates import candidates, padded
-from .mod_graphs import is_always_true, is_identity
+from .candidates import SPECIALIZED_GROUPS, SPECIALIZED_STAGES, candidates, padded
+from .mod_graphs import is_always_true, is_elementary, is_identity
 from .operator import BlockMaskOperands, attention_backward, attention_forward
 from .plan import Plan, Problem, make_plan
 from .solve import attention_solve
-from .torch_compat import inductor
+from .torch_compat import has_gluon, inductor
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
+
+# Groups of heads of persistent kernels: larger ones balance better, and past the cache still gain (benchmarks/NOTES.md).
+_CACHED_BYTES = 64 * 2**20
+_HEADS_IN_CACHE = 16
 
 
 @inductor.SymbolicGridFn
@@ -32,10 +36,17 @@ def _tiles_of_keys(batch: Any, heads: Any, length: Any, meta: dict[str, Any], *,
     return (cdiv(length, meta["BLOCK_N"]), batch, heads)
 
 
+@inductor.SymbolicGridFn
+def _persistent(batch: Any, heads: Any, length: Any, meta: dict[str, Any]) -> tuple[Any, Any, Any]:
+    return (meta["PROGRAMS"], 1, 1)
+
+
+_SPECIALIZED = "_specialized"
 _TEMPLATES = {
-    name: inductor.template(f"parallax_{name}", grid, templates.load(name))
+    name: inductor.template(f"parallax_{name}", grid, templates.load(name), gluon=name.endswith(_SPECIALIZED))
     for name, grid in (
         ("core_forward", _tiles_of_rows),
+        ("core_forward" + _SPECIALIZED, _persistent),
         ("core_backward_query", _tiles_of_rows),
         ("core_backward_key", _tiles_of_keys),
         ("core_solve", _tiles_of_rows),
@@ -224,6 +235,14 @@ def shared_memory_limit(device: torch.device) -> int:
     return getattr(properties, "shared_memory_per_block_optin", 101376)
 
 
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _zeros_like(node: Any) -> torch.Tensor:
+    return torch.zeros([int(size) for size in node.get_size()], dtype=node.get_dtype(), device=node.get_device())
+
+
 def _tma_possible(device: torch.device, tensors: Sequence[Any]) -> bool:
     """Whether the target has tensor descriptors and each of ``tensors`` can be read through them.
 
@@ -249,6 +268,34 @@ def _tma_possible(device: torch.device, tensors: Sequence[Any]) -> bool:
     return all(map(possible, tensors))
 
 
+def _specialized_possible(stage: str, call: _Call, problem: Problem) -> bool:
+    """Whether a warp-specialised kernel can compute the stage: see the head of its template."""
+    blocks = call.block_mask
+    return (
+        stage in SPECIALIZED_STAGES
+        and has_gluon()
+        and torch.cuda.get_device_capability(call.device)[0] == 9
+        and problem.dtype in ("bfloat16",) + ("float16",) * (not problem.has_probe)
+        and (call.probe is None or call.probe.get_dtype() == call.query.get_dtype())
+        and not problem.score_mod
+        and not (problem.has_probe and problem.covariance_mod)
+        and call.scale > 0
+        and (not problem.mask or is_elementary(blocks.mask_mod.graph_module))
+        and not (call.block_sparse and blocks.q_block % (SPECIALIZED_GROUPS * 64))
+    )
+
+
+def _head_group(problem: Problem) -> int:
+    """How many heads a persistent kernel takes at a time: as many as have keys and values that the L2 cache about holds."""
+    try:
+        length = int(problem.kv_length)
+    except TypeError:  # a dynamic length
+        return _HEADS_IN_CACHE
+    bytes_of_head = length * (problem.width + problem.value_width) * problem.itemsize
+    shared = problem.q_heads // problem.kv_heads
+    return max(1, _CACHED_BYTES // max(1, bytes_of_head)) * shared
+
+
 def _instantiate(
     stage: str,
     call: _Call,
@@ -271,6 +318,26 @@ def _instantiate(
     shape = {"width": problem.width, "value_width": problem.value_width, "itemsize": problem.itemsize}
     sparse_sizes = {"q_block": blocks.q_block, "kv_block": blocks.kv_block} if call.block_sparse else {}
     has_full = call.block_sparse and blocks.full_kv_num_blocks is not None
+    found = candidates(
+        stage,
+        **shape,
+        has_probe=problem.has_probe,
+        shared_memory_limit=shared_memory_limit(call.device),
+        tma=_tma_possible(call.device, [inputs[name] for name in ("Q", "K", "V", "R", "GRAD_OUT") if name in inputs]),
+        specialized=_specialized_possible(stage, call, problem),
+        options=call.options,
+        **sparse_sizes,
+    )
+    if not inductor.config.max_autotune:
+        found = found[:1]
+    generators = {}
+    has_counter = any(candidate.specialized for candidate in found)
+    if has_counter:
+        # Persistent programs draw their items from it, and leave it at 0.
+        generators[len(inputs)] = _zeros_like
+        counter = inductor.lowerings[torch.ops.aten.full]([2], 0, dtype=torch.int32, device=call.device)
+        inputs = inputs | {"COUNTER": _realized([counter])[0]}
+        mutated = [*mutated, inputs["COUNTER"]]
     lists = []
     if call.block_sparse:
         lists += [getattr(blocks, f"{sparse[0]}_num_blocks"), getattr(blocks, f"{sparse[0]}_indices")]
@@ -302,22 +369,13 @@ def _instantiate(
         "PRECISION": precision(),
         "LOG2E": LOG2E,
         "LN2": LN2,
+        "HAS_COUNTER": has_counter,
         **switches,
     }
-    found = candidates(
-        stage,
-        **shape,
-        has_probe=problem.has_probe,
-        shared_memory_limit=shared_memory_limit(call.device),
-        tma=_tma_possible(call.device, [inputs[name] for name in ("Q", "K", "V", "R", "GRAD_OUT") if name in inputs]),
-        options=call.options,
-        **sparse_sizes,
-    )
-    if not inductor.config.max_autotune:
-        found = found[:1]
+    specialized = {"PROGRAMS": _multiprocessors(call.device), "HEAD_GROUP": _head_group(problem)}
     choices: list[Any] = []
     for candidate in found:
-        error = _TEMPLATES[stage].maybe_append_choice(
+        error = _TEMPLATES[stage + _SPECIALIZED * candidate.specialized].maybe_append_choice(
             choices,
             input_nodes=nodes,
             layout=layout,
@@ -330,13 +388,17 @@ def _instantiate(
             num_stages=candidate.num_stages,
             USE_TMA=candidate.tma,
             HELD_TILES=candidate.held,
+            **(
+                specialized | {"OVERLAP": candidate.overlap, "STAGES": candidate.num_stages}
+                if candidate.specialized
+                else {}
+            ),
             EVEN_M=even(problem.q_length, candidate.block_m, blocks.q_block),
             EVEN_N=even(problem.kv_length, candidate.block_n, blocks.kv_block),
             **common,
         )
         if error is not None:
             raise error
-    generators = {}
     for position in range(len(inputs), len(nodes), 2):
         generators[position] = inductor.create_num_blocks_fake_generator(nodes[position + 1])
         generators[position + 1] = inductor.create_indices_fake

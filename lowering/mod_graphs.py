@@ -27,6 +27,27 @@ def is_always_true(graph: torch.fx.GraphModule) -> bool:
     return len(calls) == 1 and calls[0].target in made
 
 
+_COMPARISONS = ("ge", "gt", "le", "lt", "eq", "ne")
+_LOGIC = (
+    "bitwise_and",
+    "bitwise_or",
+    "bitwise_xor",
+    "bitwise_not",
+    "logical_and",
+    "logical_or",
+    "logical_xor",
+    "logical_not",
+)
+_ARITHMETIC = ("add", "sub", "mul", "index")
+
+
+def is_elementary(graph: torch.fx.GraphModule) -> bool:
+    """Whether a mask only adds, compares and combines its indices and captured tensors read at them."""
+    known = {*_COMPARISONS, *_LOGIC, *_ARITHMETIC}
+    calls = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    return all(isinstance(call, torch._ops.OpOverload) and call.overloadpacket.__name__ in known for call in calls)
+
+
 def differentiated_buffers(joint: torch.fx.GraphModule) -> tuple[bool, ...]:
     """For each tensor that a mod captures, whether its joint graph gives a gradient for it."""
     (outputs,) = list(joint.graph.nodes)[-1].args

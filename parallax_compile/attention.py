@@ -102,8 +102,9 @@ def attention(
         initial_state: sums over keys before these, which every row of the first run (document) sees too: what an earlier call
             returned as ``state``. Differentiable.
         kernel_options: of the compiled kernels: ``BLOCK_M, BLOCK_N, num_warps, num_stages``; ``USE_TMA`` (bool): whether
-            loops read through tensor descriptors; ``HELD_TILES``: how many of the tiles that stay are kept in registers.
-            Each also with the prefix ``fwd_``, ``bwd_``, ``bwd_query_``, ``bwd_key_`` or ``solve_``.
+            loops read through tensor descriptors; ``HELD_TILES``: how many of the tiles that stay are kept in registers;
+            ``WARP_SPECIALIZED`` (bool): the forward by its kernel for Hopper, whose warps copy or compute. Each also with
+            the prefix ``fwd_``, ``bwd_``, ``bwd_query_``, ``bwd_key_`` or ``solve_``.
 
     Returns:
         ``out [B, Hq, Lq, Dv]`` in query's dtype, alone or with what was asked for. A row with no allowed key gives 0,

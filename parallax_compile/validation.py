@@ -22,7 +22,7 @@ from .spec import AttentionSpec
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 MAX_WIDTH = 256
 _SCORE_ARGUMENTS = ("score", "b", "h", "q_idx", "kv_idx")
-KERNEL_OPTIONS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "USE_TMA", "HELD_TILES")
+KERNEL_OPTIONS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "USE_TMA", "HELD_TILES", "WARP_SPECIALIZED")
 KERNEL_OPTION_PREFIXES = ("", "fwd_", "bwd_", "bwd_query_", "bwd_key_", "solve_")
 
 
@@ -252,7 +252,7 @@ def check_state(state: Any, spec: AttentionSpec, query: Tensor, key: Tensor, val
 
 
 def check_kernel_options(options: Any) -> None:
-    """``kernel_options``: known names (with an optional stage prefix), positive integers, and a bool for ``USE_TMA``."""
+    """``kernel_options``: known names (with an optional stage prefix), positive integers, and bools for switches."""
     if options is None:
         return
     if not isinstance(options, Mapping):
@@ -269,7 +269,7 @@ def check_kernel_options(options: Any) -> None:
                 f"kernel_options has an unknown name {name}. Known: {', '.join(KERNEL_OPTIONS)}, "
                 "each also with the prefix fwd_, bwd_, bwd_query_, bwd_key_ or solve_.",
             )
-        if name.endswith("USE_TMA"):
+        if name.endswith(("USE_TMA", "WARP_SPECIALIZED")):
             if not isinstance(option, bool):
                 raise_input(InputTypeError, f"kernel_options[{name}] must be a bool, but got {option}.")
             continue

@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 import torch
-from parallax_compile.lowering import codegen, cubin
+from parallax_compile.lowering import candidates, codegen, cubin
 from parallax_compile.lowering import torch_compat_codegen as compat
 from parallax_compile.lowering.targets import DEFAULT, TARGETS, Target, resolve
+from parallax_compile.lowering.torch_compat import has_gluon
 from torch import Tensor
 
 import parallax_compile as plx
@@ -317,6 +318,48 @@ def test_tensor_descriptors_where_the_target_has_them(target: str, tma: bool) ->
     for stage in STAGES:
         assert code.stage(stage).parameters["USE_TMA"] is tma
         assert ("make_tensor_descriptor" in code.stage(stage).source) is tma
+
+
+@pytest.mark.skipif(not has_gluon(), reason="this Triton has no Gluon for Hopper")
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("spec", [plx.PARALLAX, plx.SOFTMAX], ids=["parallax", "softmax"])
+def test_the_specialised_forward_compiles_and_hardly_spills(spec: plx.AttentionSpec, width: int) -> None:
+    causal = spec.replace(mask_mod=plx.masks.causal())
+
+    def call(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Tensor:
+        probe = r if spec is plx.PARALLAX else None
+        return plx.attention(
+            q, k, v, probe, spec=causal, enable_gqa=True, kernel_options={"fwd_WARP_SPECIALIZED": True}
+        )
+
+    kernel = generate(call, operands={"length": 1000, "width": width}, backward=False).stage("core_forward")
+    compiled = cubin.compile_kernel(kernel, "sm_90")
+    assert compiled.instructions == {"wgmma"}
+    # Two groups of four warps, and a third whose first warp copies. What waits outside of the loop may spill.
+    assert compiled.resources.num_warps == 12
+    assert (compiled.resources.spills or 0) <= 256
+    tile = candidates.Candidate(
+        *(kernel.parameters[name] for name in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")),
+        tma=True,
+        specialized=True,
+    )
+    estimate = candidates.shared_memory("core_forward", tile, width, width, 2, spec is plx.PARALLAX)
+    assert compiled.resources.shared_memory <= estimate <= TARGETS["sm_90"].shared_memory_per_block
+
+
+def test_a_specialised_kernel_is_never_taken_unasked() -> None:
+    offered = candidates.candidates(
+        "core_forward",
+        width=64,
+        value_width=64,
+        itemsize=2,
+        has_probe=True,
+        shared_memory_limit=232448,
+        tma=True,
+        specialized=True,
+    )
+    assert offered
+    assert not any(candidate.specialized for candidate in offered)
 
 
 def test_tensor_descriptors_need_aligned_rows() -> None:

@@ -21,7 +21,7 @@ from parallax_compile.lowering.codegen import LOCK, GeneratedCode, GeneratedGrap
 from parallax_compile.lowering.targets import Target, resolve
 from torch import Tensor, fx
 
-from . import triton_interpreter
+from . import gluon_interpreter, triton_interpreter
 from .memory import GuardedMemory
 
 __all__ = ["Interpreted", "Run", "enabled", "interpreted", "run_generated"]
@@ -198,6 +198,8 @@ class _Runner:
         return module
 
     def _kernel(self, name: str, source: str) -> Any:
+        if gluon_interpreter.is_gluon(source):
+            return gluon_interpreter.GluonKernel(name, source, self._launches)
         kernel = compat.load_kernel(name, source)
         tile = kernel.configs[0].kwargs
         if "XBLOCK" in tile:

@@ -1,0 +1,130 @@
+"""The warp-specialised kernels as generated, their partitions run as threads on the CPU (support/gluon_interpreter.py)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from parallax_compile.lowering import inductor
+from support import interpreter
+from support.oracle import budget, leaves, low_precision, relative_error, with_gradients
+from torch import Tensor
+
+import parallax_compile as plx
+
+pytestmark = pytest.mark.skipif(not interpreter.enabled(), reason="needs TRITON_INTERPRET=1")
+
+SPECS = {"parallax": plx.PARALLAX, "no-intercept": plx.PARALLAX.replace(intercept=False), "softmax": plx.SOFTMAX}
+SPECIALIZED = {"fwd_WARP_SPECIALIZED": True}
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two persistent programs, so that each takes several items; and Gluon in a process that cannot compile it."""
+    monkeypatch.setattr(inductor, "has_gluon", lambda: True)
+    monkeypatch.setattr(inductor, "_multiprocessors", lambda device: 2)
+
+
+def operands(probe: bool, rows: int, keys: int, width: int, value_width: int, offset: float = 0.0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    make = lambda heads, length, size: torch.randn(1, heads, length, size, generator=generator, dtype=torch.float64)
+    q, k, v, r = (
+        make(4, rows, width),
+        make(2, keys, width) + offset,
+        make(2, keys, value_width),
+        make(4, rows, width) * 0.3,
+    )
+    return [tensor.to(torch.bfloat16) for tensor in ((q, k, v, r) if probe else (q, k, v))]
+
+
+def compute(function: Any, inputs: list[Tensor], dtype: torch.dtype, grads: bool) -> list[Tensor]:
+    if grads:
+        return with_gradients(function, leaves(inputs, dtype))
+    with torch.no_grad():
+        return [function(*(tensor.to(dtype) for tensor in inputs))]
+
+
+@pytest.mark.parametrize(
+    "spec, mask, sizes, grads",
+    [
+        ("parallax", "causal", (300, 300, 64, 64), False),  # weights made while products run
+        ("parallax", "window", (130, 264, 80, 48), False),
+        ("no-intercept", "causal", (130, 130, 64, 64), True),
+        ("softmax", "documents", (300, 300, 64, 64), False),
+        ("softmax", "none", (70, 140, 96, 40), False),
+        ("parallax", "none", (129, 65, 128, 128), False),
+    ],
+)
+def test_the_specialised_forward(spec: str, mask: str, sizes: tuple, grads: bool) -> None:
+    rows, keys = sizes[:2]
+    index, other = torch.arange(rows)[:, None], torch.arange(keys)[None, :]
+    documents = torch.arange(max(rows, keys)) // 70
+    mask_mod, keep = {
+        "causal": (plx.masks.causal(), index >= other),
+        "window": (plx.masks.sliding_window(50), (index >= other) & (index - other < 50)),
+        "documents": (plx.masks.document(documents), documents[:rows, None] == documents[None, :keys]),
+        "none": (None, None),
+    }[mask]
+    declared = SPECS[spec].replace(mask_mod=mask_mod)
+    inputs = operands(spec != "softmax", *sizes)
+
+    def oracle(q: Tensor, k: Tensor, v: Tensor, r: Tensor | None = None) -> Tensor:
+        return low_precision(q, k, v, r, mask=keep, intercept=declared.intercept)
+
+    call = interpreter.interpreted(
+        lambda *x: plx.attention(*x, spec=declared, enable_gqa=True, kernel_options=SPECIALIZED)
+    )
+    want = compute(oracle, inputs, torch.float64, grads)
+    rough = compute(oracle, inputs, torch.bfloat16, grads)
+    got = compute(call, inputs, torch.bfloat16, grads)
+    for mine, exact, theirs in zip(got, want, rough, strict=True):
+        assert relative_error(mine, exact) <= budget(relative_error(theirs, exact), torch.bfloat16)
+    kernel = call.code.stage("core_forward")
+    assert "@gluon.jit" in kernel.source
+    assert kernel.name in call.launches
+
+
+def test_a_row_without_a_key_and_the_statistics() -> None:
+    inputs = operands(True, 140, 140, 64, 64)
+    spec = plx.PARALLAX.replace(mask_mod=plx.masks.causal(offset=-10))
+    request = plx.AuxRequest(lse=True, probe_mean=True)
+    call = interpreter.interpreted(
+        lambda *x: plx.attention(*x, spec=spec, enable_gqa=True, return_aux=request, kernel_options=SPECIALIZED)
+    )
+    with torch.no_grad():
+        out, aux = call(*inputs)
+        exact, exact_aux = plx.attention(*(t.double() for t in inputs), spec=spec, enable_gqa=True, return_aux=request)
+    assert (out[:, :, :10] == 0).all()
+    assert (aux.lse[:, :, :10] == float("-inf")).all()
+    assert (aux.probe_mean[:, :, :10] == 0).all()
+    assert relative_error(aux.lse[:, :, 10:], exact_aux.lse[:, :, 10:]) < 1e-5
+    assert relative_error(aux.probe_mean, exact_aux.probe_mean) < 1e-5
+    assert relative_error(out, exact) < 4e-3
+
+
+def test_keys_with_an_offset_of_ten_sigma_cost_no_accuracy() -> None:
+    def error(offset: float) -> float:
+        inputs = operands(True, 128, 128, 64, 64, offset)
+        call = interpreter.interpreted(lambda *x: plx.attention(*x, enable_gqa=True, kernel_options=SPECIALIZED))
+        with torch.no_grad():
+            return relative_error(call(*inputs), plx.attention(*(t.double() for t in inputs), enable_gqa=True))
+
+    assert error(10.0) <= 1.5 * error(0.0)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"score_mod": plx.mods.alibi(num_heads=4)}, "WARP_SPECIALIZED"),
+        ({"scale": -1.0}, "WARP_SPECIALIZED"),
+        ({"kernel_options": {"fwd_WARP_SPECIALIZED": True, "fwd_BLOCK_M": 128}}, "must be 64"),
+        ({"kernel_options": {"bwd_key_WARP_SPECIALIZED": True}}, "WARP_SPECIALIZED"),
+    ],
+)
+def test_what_it_cannot_compute_raises(change: dict[str, Any], message: str) -> None:
+    call = interpreter.interpreted(
+        lambda *x: plx.attention(*x, **({"enable_gqa": True, "kernel_options": SPECIALIZED} | change))
+    )
+    with pytest.raises(Exception, match=message):
+        call(*leaves(operands(False, 64, 64, 32, 32), torch.bfloat16)).sum().backward()
