@@ -183,14 +183,15 @@ def padded(width: int) -> int:
     return max(16, 1 << math.ceil(math.log2(width)))
 
 
-def shared_memory(stage: str, candidate: Candidate, width: int, value_width: int, itemsize: int, probe: bool) -> int:
+def shared_memory(stage: str, candidate: Candidate, width: int, value_width: int, itemsize: int, row_tiles: int) -> int:
     """Estimate, in bytes, of the shared memory that a candidate needs: the tiles that stay and the tiles in flight."""
     d, dv, bm, bn = padded(width), padded(value_width), candidate.block_m, candidate.block_n
-    query_side = d * (2 if probe or stage == "core_solve" else 1)
+    query_side = d * (1 + row_tiles)
     if stage == "core_forward":
         stay, stream = bm * query_side, bn * (d + dv)
     elif stage == "core_solve":
-        stay, stream = bm * query_side, bn * d
+        # The direction, or the solution in two terms beside the values.
+        stay, stream = 3 * bm * d, bn * (d + dv)
     elif stage == "scan_totals":
         stay, stream = 0, bm * (d + bn)
     elif stage == "scan_product":
@@ -209,7 +210,7 @@ def candidates(
     width: int,
     value_width: int,
     itemsize: int,
-    has_probe: bool,
+    row_tiles: int,
     shared_memory_limit: int,
     tma: bool = False,
     q_block: int | None = None,
@@ -222,7 +223,7 @@ def candidates(
         stage: a stage that is a template.
         width, value_width: ``D`` and ``Dv``.
         itemsize: bytes of an element of the inputs.
-        has_probe: whether a probe tile is held too.
+        row_tiles: how many tiles of rows are held beside the query's: the probe's and the adjoint's terms.
         shared_memory_limit: bytes that one block may use on the target.
         tma: whether the target has tensor descriptors and the tensors are laid out as they need it.
         q_block, kv_block: sizes of the block mask's blocks, which tiles must divide; None without one.
@@ -241,7 +242,7 @@ def candidates(
             "the gradient of out with contiguous rows at multiples of 16 bytes. Leave it out, or copy with .contiguous()."
         )
     key = (stage, itemsize == 2, row)
-    rows = (_TABLE_WITHOUT_PROBE.get(key) if not has_probe else None) or _TABLE[key]
+    rows = (_TABLE_WITHOUT_PROBE.get(key) if not row_tiles else None) or _TABLE[key]
     found: list[Candidate] = []
     for values in rows:
         candidate = Candidate(*values)  # type: ignore[arg-type]  # the fifth of a row is a bool
@@ -258,7 +259,7 @@ def candidates(
         _check_forced(stage, found[0], q_block, kv_block)
 
     def fits(candidate: Candidate) -> bool:
-        return shared_memory(stage, candidate, width, value_width, itemsize, has_probe) <= shared_memory_limit
+        return shared_memory(stage, candidate, width, value_width, itemsize, row_tiles) <= shared_memory_limit
 
     feasible = [candidate for candidate in found if fits(candidate)]
     if feasible:

@@ -69,7 +69,7 @@ def _instantiate(
         width=width,
         value_width=value_width,
         itemsize=2 if low else 4,
-        has_probe=True,
+        row_tiles=1,
         shared_memory_limit=shared_memory_limit(device),
         options=None,
     )

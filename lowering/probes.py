@@ -1,9 +1,8 @@
 """Probes that a stage computes in front of the core: solved and gradient (FAMILY, "The solved probe").
 
-Both are written over the core itself. Its own output with the keys in the values' place is the matrix-vector product of the
+Gradient probes are written over the core itself. Its own output with the keys in the values' place is the matrix-vector product of the
 rows' systems: with intercept ``core(value=key, probe=x) = mean key - C x``, without ``core(value=key, probe=x) = S x``. That
-the core is differentiable gives both probes their gradients: a gradient probe's flow through its steps, a solved probe's
-through one more matrix-vector product at the solution, which is where implicit differentiation needs it.
+the core is differentiable gives gradient probes their gradient, through the steps. Solved probes are an operator of their own (:mod:`.solve`).
 """
 
 from __future__ import annotations
@@ -47,6 +46,15 @@ class ProbeStage(NamedTuple):
     probe: Tensor
     iterations: Tensor
     residual: Tensor
+
+
+class Solution(NamedTuple):
+    """A solved probe, and what its stage makes with it: the output (empty without values), LSE and ``t``, ``[B, Hq, Lq]``."""
+
+    stage: ProbeStage
+    out: Tensor
+    lse: Tensor
+    mean: Tensor
 
 
 def _identity(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -107,28 +115,22 @@ def ridge_of_rows(query: Tensor, key: Tensor, ridge: Tensor | float, ridge_scale
     return lam * torch.exp(-torch.where(lse.isinf(), 0.0, lse))
 
 
-def solved(query: Tensor, key: Tensor, lam: Tensor, weights: Weights, intercept: bool) -> ProbeStage:
-    """The probe that solves each row's ridge regression; gradients by implicit differentiation."""
-    # The solver rounds to the operands' dtype in every step, and float16 has three bits more than bfloat16. Queries and keys
-    # fit exactly: up to 65504, which they do not reach.
-    operands = torch.float16 if query.dtype == torch.bfloat16 else query.dtype
-    q, k, ridge = query.detach().to(operands), key.detach().to(operands), lam.detach()
+def solved(query: Tensor, key: Tensor, value: Tensor | None, lam: Tensor, weights: Weights, intercept: bool) -> Solution:
+    """The probe that solves each row's ridge regression, and the output with it; gradients by implicit differentiation.
+
+    Args:
+        value: ``[B, Hkv, Lk, Dv]``; None where the output is made elsewhere.
+    """
     solver = {
         **weights.kernel_options,
         "tolerance": TOLERANCE[query.dtype],
         "max_iterations": MAX_ITERATIONS_PER_WIDTH * query.size(3),
     }
-
-    def solve(right: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        score_mod, block_mask, scale = weights[:3]
-        return attention_solve(q, k, right, known, ridge, score_mod, block_mask, scale, intercept, solver)
-
-    found, iterations, residual = solve(None, None)
-    found = found.detach()
-    # The probe is found + M^-1 (b - M found). The second term is 0 but for the rounding of the product, so that its value is
-    # left out; its gradient is all of the probe's.
-    probe, _, _ = solve(_error(query, key, found, lam, weights, intercept), found)
-    return ProbeStage(probe, iterations, residual)
+    score_mod, block_mask, scale = weights[:3]
+    x, out, lse, mean, iterations, residual = attention_solve(
+        query, key, value, lam, None, None, None, None, score_mod, block_mask, scale, intercept, solver
+    )
+    return Solution(ProbeStage(x, iterations, residual), out, lse, mean)
 
 
 def gradient(

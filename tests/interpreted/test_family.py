@@ -73,10 +73,11 @@ def solved_budget(spec: plx.AttentionSpec, inputs: list[Tensor]) -> float:
 def test_local_linear_attention(dtype: torch.dtype, ridge: float) -> None:
     spec = plx.LLA.replace(probe=plx.Solved(ridge), mask_mod=CAUSAL)
     inputs = operands(70, 70, 20, False, dtype)
-    out, *grads = run(spec, inputs, {"core_solve", "core_forward", "core_backward_query", "core_backward_key"})
-    assert out <= solved_budget(spec, inputs)
-    # The solution of the adjoint system is rounded once on its way into the keys' gradient, which the ridge magnifies.
-    assert max(grads) <= (4 if dtype == torch.float32 else 3) * solved_budget(spec, inputs) / min(1.0, ridge**0.5)
+    out, *grads = run(spec, inputs, {"core_solve", "core_backward_query", "core_backward_key"})
+    # In float32 the solve itself, which the budget takes as exact, costs as much as the rest. In bfloat16 the budget's probe is
+    # rounded, which the solution never is, forward and backward: one rounding of the weights is what may be left.
+    allowed = 2 * solved_budget(spec, inputs) if dtype == torch.float32 else 1.2 * 2.0**-8
+    assert max(out, *grads) <= allowed
 
 
 def test_the_solver_is_centred() -> None:
