@@ -113,6 +113,19 @@ _TABLE: dict[tuple[str, bool, int], _Row] = {
     ("scan_product", False, 64): ((32, 32, 4, 2), (32, 16, 4, 1)),
     ("scan_product", False, 128): ((32, 32, 8, 1), (16, 16, 4, 1)),
     ("scan_product", False, 256): ((16, 16, 8, 1), (16, 16, 4, 1)),
+    # BLOCK_M is the chunk; of the systems BLOCK_N is not used.
+    ("scan_states", True, 64): ((64, 64, 4, 3), (64, 64, 4, 2)),
+    ("scan_states", True, 128): ((64, 64, 4, 2), (64, 128, 8, 2)),
+    ("scan_states", True, 256): ((64, 64, 8, 2), (64, 32, 4, 1)),
+    ("scan_states", False, 64): ((64, 32, 4, 1), (64, 16, 4, 1)),
+    ("scan_states", False, 128): ((64, 32, 8, 1), (64, 16, 4, 1)),
+    ("scan_states", False, 256): ((64, 16, 8, 1),),
+    ("scan_systems", True, 64): ((64, 64, 4, 1), (32, 64, 4, 1)),
+    ("scan_systems", True, 128): ((64, 64, 4, 1), (64, 64, 8, 1), (32, 64, 4, 1)),
+    ("scan_systems", True, 256): ((32, 64, 8, 1), (16, 64, 8, 1)),
+    ("scan_systems", False, 64): ((32, 64, 4, 1), (16, 64, 4, 1)),
+    ("scan_systems", False, 128): ((16, 64, 4, 1),),
+    ("scan_systems", False, 256): ((16, 64, 8, 1),),
 }
 # Without a probe a stage holds half of the accumulators and tiles, so that other tiles are best.
 _TABLE_WITHOUT_PROBE: dict[tuple[str, bool, int], _Row] = {
@@ -165,6 +178,8 @@ _OPTION_PREFIXES = {
     "core_solve": ("", "solve_"),
     "scan_totals": ("", "totals_"),
     "scan_product": ("", "scan_"),
+    "scan_states": ("", "states_"),
+    "scan_systems": ("", "systems_"),
     "core_backward_query": ("", "bwd_", "bwd_query_"),
     "core_backward_key": ("", "bwd_", "bwd_key_"),
 }
@@ -194,6 +209,10 @@ def shared_memory(stage: str, candidate: Candidate, width: int, value_width: int
         stay, stream = 3 * bm * d, bn * (d + dv)
     elif stage == "scan_totals":
         stay, stream = 0, bm * (d + bn)
+    elif stage == "scan_states":
+        stay, stream = 0, bm * (d + bn)
+    elif stage == "scan_systems":
+        stay, stream = d * d + (bm + bn) * d, 0
     elif stage == "scan_product":
         stay, stream = d * bn, bm * (2 * d + bn)
     elif stage == "core_backward_query":

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import scan
+from . import scan, scan_solve
 from .operator import attention_forward, statistics_dtype
 from .solve import attention_solve
 
@@ -131,6 +131,15 @@ def solved(query: Tensor, key: Tensor, value: Tensor | None, lam: Tensor, weight
         query, key, value, lam, None, None, None, None, score_mod, block_mask, scale, intercept, solver
     )
     return Solution(ProbeStage(x, iterations, residual), out, lse, mean)
+
+
+def summed(query: Tensor, key: Tensor, lam: Tensor, weights: Weights, intercept: bool) -> ProbeStage:
+    """The probe of :func:`solved` where the weights are uniform and the sums run along the sequence."""
+    assert weights.prefix is not None
+    tolerance, most = TOLERANCE[query.dtype], MAX_ITERATIONS_PER_WIDTH * query.size(3)
+    return ProbeStage(
+        *scan_solve.solve(query, key, lam, weights.prefix, intercept, weights.initial, tolerance, most)
+    )
 
 
 def gradient(

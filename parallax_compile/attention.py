@@ -323,10 +323,9 @@ def _summed(call: _Call) -> tuple[Tensor, AuxOutput]:
     """Members whose sums run along the sequence, in linear time."""
     query, key, value, probe, spec = call[:5]
     assert call.prefix is not None
-    block_mask = combined_block_mask(spec.mask_mod, None, query, key) if isinstance(spec.probe, Solved) else None
-    weights, stage = _weights(call, block_mask), None
+    weights, stage = _weights(call, None), None
     if isinstance(spec.probe, Solved):
-        stage = probes.solved(query, key, None, _ridge(call, weights), weights, spec.intercept).stage
+        stage = probes.summed(query, key, _ridge(call, weights), weights, spec.intercept)
     elif isinstance(spec.probe, Gradient):
         stage = _gradient_stage(call, weights)
     if stage is not None:
