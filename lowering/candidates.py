@@ -173,6 +173,14 @@ _TABLE_WITHOUT_PROBE: dict[tuple[str, bool, int], _Row] = {
     ),
 }
 
+# float32 on the tensor cores.
+_TABLE_TF32: dict[tuple[str, bool, int], _Row] = {
+    ("scan_totals", False, 64): ((64, 64, 4, 2), (32, 32, 4, 2)),
+    ("scan_totals", False, 128): ((64, 64, 8, 2), (32, 32, 4, 2)),
+    ("scan_product", False, 64): ((64, 64, 4, 2), (32, 32, 4, 2)),
+    ("scan_product", False, 128): ((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 4, 1)),
+}
+
 _OPTION_PREFIXES = {
     "core_forward": ("", "fwd_"),
     "core_solve": ("", "solve_"),
@@ -232,6 +240,7 @@ def candidates(
     row_tiles: int,
     shared_memory_limit: int,
     tma: bool = False,
+    tf32: bool = False,
     q_block: int | None = None,
     kv_block: int | None = None,
     options: Mapping[str, Any] | None = None,
@@ -245,6 +254,7 @@ def candidates(
         row_tiles: how many tiles of rows are held beside the query's: the probe's and the adjoint's terms.
         shared_memory_limit: bytes that one block may use on the target.
         tma: whether the target has tensor descriptors and the tensors are laid out as they need it.
+        tf32: whether float32 is multiplied as TF32, on the tensor cores.
         q_block, kv_block: sizes of the block mask's blocks, which tiles must divide; None without one.
         options: the user's ``kernel_options``; a more specific prefix wins over a less specific one.
 
@@ -261,7 +271,8 @@ def candidates(
             "the gradient of out with contiguous rows at multiples of 16 bytes. Leave it out, or copy with .contiguous()."
         )
     key = (stage, itemsize == 2, row)
-    rows = (_TABLE_WITHOUT_PROBE.get(key) if not row_tiles else None) or _TABLE[key]
+    special = _TABLE_WITHOUT_PROBE if not row_tiles else _TABLE_TF32 if tf32 and itemsize == 4 else {}
+    rows = special.get(key) or _TABLE[key]
     found: list[Candidate] = []
     for values in rows:
         candidate = Candidate(*values)  # type: ignore[arg-type]  # the fifth of a row is a bool

@@ -72,12 +72,13 @@ def _instantiate(
         if node is not None
     }
     outputs = {name: allocate(given) for name, given in written.items() if given is not None}
-    dot, exact = _products(stage, tf32, {node.get_dtype() for name, node in operands.items() if name != "RIGHT"})
+    dot, exact = _products(stage, tf32, {name: node.get_dtype() for name, node in operands.items()})
     found = candidates(
         stage,
         width=width,
         value_width=value_width,
         itemsize=4 if dot == "tl.float32" else 2,
+        tf32=exact == "'tf32'",
         row_tiles=1,
         shared_memory_limit=shared_memory_limit(device),
         options=None,
@@ -116,14 +117,18 @@ def _instantiate(
     return result, outputs
 
 
-def _products(stage: str, tf32: bool, dtypes: set[torch.dtype]) -> tuple[str, str]:
+def _products(stage: str, tf32: bool, dtypes: dict[str, torch.dtype]) -> tuple[str, str]:
     """Dtype and precision of a kernel's products."""
-    if torch.bfloat16 in dtypes:
+    # X, if wider, comes in two terms, and the right sides of systems are not multiplied.
+    found = {dtype for name, dtype in dtypes.items() if name not in ("X", "RIGHT")}
+    if found == {torch.bfloat16}:
         return "tl.bfloat16", precision()
-    if dtypes == {torch.float16} and stage != "scan_product":
+    if found == {torch.float16} and stage != "scan_product":
         return "tl.float16", precision()
-    # float16 ends at 65504, which sums over a sequence pass: its numbers are multiplied as TF32, which has as many bits.
-    return "tl.float32", "'tf32'" if tf32 or torch.float16 in dtypes else precision()
+    # float16 ends at 65504, which sums over a sequence pass, and a solution in float32 beside 16-bit operands must not be rounded
+    # to theirs: both are multiplied as TF32, which has the bits of float16.
+    mixed = any(dtype.itemsize == 2 for dtype in dtypes.values())
+    return "tl.float32", "'tf32'" if tf32 or mixed else precision()
 
 
 @inductor.register_lowering(torch.ops.parallax.scan_totals.default, type_promotion_kind=None)
@@ -209,7 +214,7 @@ def _lower_product(x: Any, key: Any, value: Any, inverse: Any, starts: Any, leve
             "WHOLE": whole,
             "INTERCEPT": intercept,
             "SCALED": role == "out",
-            "X_SPLIT": x.get_dtype() == torch.float32 and torch.bfloat16 in (key.get_dtype(), value.get_dtype()),
+            "X_SPLIT": x.get_dtype() == torch.float32 and key.get_dtype() == value.get_dtype() == torch.bfloat16,
             "HAS_LEVEL": level is not None,
             "HAS_TOTALS": sums[0] is not None,
             "HAS_INITIAL": initial[0] is not None,
@@ -322,7 +327,9 @@ def _lower_systems(
     return x, *outputs.values()
 
 
-_SCAN_KERNELS = scan.Kernels(torch.ops.parallax.scan_totals, torch.ops.parallax.scan_product, scan_segments)
+_SCAN_KERNELS = scan.Kernels(
+    torch.ops.parallax.scan_totals, torch.ops.parallax.scan_product, lambda *sizes: scan_segments(*sizes)
+)
 _SOLVE_KERNELS = scan_solve.Kernels(
     _SCAN_KERNELS,
     torch.ops.parallax.scan_states,

@@ -73,7 +73,7 @@ def _units(matrix: Tensor) -> Tensor:
 
 def scaled(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """``matrix`` in units of each column's."""
-    return (matrix / _units(matrix)[..., None, :]).to(dtype)
+    return (matrix / _units(matrix).unsqueeze(-2)).to(dtype)
 
 
 def systems(
@@ -262,7 +262,7 @@ class Kernels:
 
     def _centred(self, key: Tensor, center: Tensor | None) -> Tensor:
         if center is not None:
-            key = key.to(center.dtype) - center[:, :, None]
+            key = key.to(center.dtype) - center.unsqueeze(2)
         return key.to(self.operands(key.dtype))
 
     def _states(
@@ -275,7 +275,7 @@ class Kernels:
         assert found[1] is not None
         whole_matrix, whole_first = found[0].sum(2, keepdim=True), found[1].sum(2, keepdim=True)
         if matrix is not None and first is not None:
-            whole_matrix, whole_first = whole_matrix + matrix[:, :, None], whole_first + first[:, :, None]
+            whole_matrix, whole_first = whole_matrix + matrix.unsqueeze(2), whole_first + first.unsqueeze(2)
         return scaled(whole_matrix, keys.dtype), _units(whole_matrix), whole_first
 
 
