@@ -115,17 +115,17 @@ def ridge_of_rows(query: Tensor, key: Tensor, ridge: Tensor | float, ridge_scale
     return lam * torch.exp(-torch.where(lse.isinf(), 0.0, lse))
 
 
-def solved(query: Tensor, key: Tensor, value: Tensor | None, lam: Tensor, weights: Weights, intercept: bool) -> Solution:
+def solved(
+    query: Tensor, key: Tensor, value: Tensor | None, lam: Tensor, weights: Weights, intercept: bool, most: int | None
+) -> Solution:
     """The probe that solves each row's ridge regression, and the output with it; gradients by implicit differentiation.
 
     Args:
         value: ``[B, Hkv, Lk, Dv]``; None where the output is made elsewhere.
+        most: steps at most, or None.
     """
-    solver = {
-        **weights.kernel_options,
-        "tolerance": TOLERANCE[query.dtype],
-        "max_iterations": MAX_ITERATIONS_PER_WIDTH * query.size(3),
-    }
+    most = MAX_ITERATIONS_PER_WIDTH * query.size(3) if most is None else most
+    solver = {**weights.kernel_options, "tolerance": TOLERANCE[query.dtype], "max_iterations": most}
     score_mod, block_mask, scale = weights[:3]
     x, out, lse, mean, iterations, residual = attention_solve(
         query, key, value, lam, None, None, None, None, score_mod, block_mask, scale, intercept, solver
@@ -133,13 +133,14 @@ def solved(query: Tensor, key: Tensor, value: Tensor | None, lam: Tensor, weight
     return Solution(ProbeStage(x, iterations, residual), out, lse, mean)
 
 
-def summed(query: Tensor, key: Tensor, lam: Tensor, weights: Weights, intercept: bool) -> ProbeStage:
+def summed(
+    query: Tensor, key: Tensor, lam: Tensor, weights: Weights, intercept: bool, most: int | None
+) -> ProbeStage:
     """The probe of :func:`solved` where the weights are uniform and the sums run along the sequence."""
     assert weights.prefix is not None
-    tolerance, most = TOLERANCE[query.dtype], MAX_ITERATIONS_PER_WIDTH * query.size(3)
-    return ProbeStage(
-        *scan_solve.solve(query, key, lam, weights.prefix, intercept, weights.initial, tolerance, most)
-    )
+    most = MAX_ITERATIONS_PER_WIDTH * query.size(3) if most is None else most
+    where = (weights.prefix, intercept, weights.initial)
+    return ProbeStage(*scan_solve.solve(query, key, lam, *where, TOLERANCE[query.dtype], most))
 
 
 def gradient(

@@ -293,7 +293,8 @@ def _compiled(call: _Call) -> tuple[Tensor, AuxOutput]:
     if isinstance(spec.probe, Solved):
         # A covariance_mod acts after the solve: there the core makes the output.
         fused = call.covariance_mod is None
-        found = probes.solved(query, key, value if fused else None, _ridge(call, weights), weights, spec.intercept)
+        given = (query, key, value if fused else None, _ridge(call, weights), weights)
+        found = probes.solved(*given, spec.intercept, spec.probe.max_iterations)
         stage = found.stage
         if fused:
             aux = AuxOutput(lse=found.lse, probe_mean=found.mean)
@@ -325,7 +326,8 @@ def _summed(call: _Call) -> tuple[Tensor, AuxOutput]:
     assert call.prefix is not None
     weights, stage = _weights(call, None), None
     if isinstance(spec.probe, Solved):
-        stage = probes.summed(query, key, _ridge(call, weights), weights, spec.intercept)
+        lam = _ridge(call, weights)
+        stage = probes.summed(query, key, lam, weights, spec.intercept, spec.probe.max_iterations)
     elif isinstance(spec.probe, Gradient):
         stage = _gradient_stage(call, weights)
     if stage is not None:
