@@ -215,9 +215,7 @@ def shared_memory(stage: str, candidate: Candidate, width: int, value_width: int
     elif stage == "core_solve":
         # The direction, or the solution in two terms beside the values.
         stay, stream = 3 * bm * d, bn * (d + dv)
-    elif stage == "scan_totals":
-        stay, stream = 0, bm * (d + bn)
-    elif stage == "scan_states":
+    elif stage == "scan_totals" or stage == "scan_states":
         stay, stream = 0, bm * (d + bn)
     elif stage == "scan_systems":
         stay, stream = d * d + (bm + bn) * d, 0

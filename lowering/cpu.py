@@ -476,8 +476,8 @@ def conjugate_gradients(
     """Solve ``product(x, *system) = b`` for each row, all rows at once, until each has converged.
 
     A row stops when its last term is below the square of its tolerance. That is relative to the norm of M, in which the parts
-    that the ridge alone holds count little and the gradient of the keys is made of them: the smaller the ridge is against M, the
-    smaller the tolerance.
+    that the ridge alone holds count little and the gradient of the keys is made of them: the smaller the ridge is against M,
+    the smaller the tolerance.
 
     Args:
         b: ``[..., D]``; ridge: ``[..., 1]``; solver: ``tolerance`` and ``max_iterations``.

@@ -210,8 +210,8 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, tuple, tuple]:
     """Gradients of :func:`forward` from its row statistics and the row terms of :func:`~.operator.row_terms`.
 
-    ``adjoint a [B, Hq, Lq, D]`` adds the gradient of a second output whose values are the keys and whose gradient is ``a``: that
-    of a solved probe (:mod:`.solve`).
+    ``adjoint a [B, Hq, Lq, D]`` adds the gradient of a second output whose values are the keys and whose gradient is ``a``:
+    that of a solved probe (:mod:`.solve`).
 
     Returns:
         ``dq, dk, dv, dprobe`` (None where ``needs_grad`` says so) and the gradients of the tensors captured by each mod.

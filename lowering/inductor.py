@@ -308,8 +308,8 @@ def _instantiate(
     """
     blocks = call.block_mask
     sizevars = inductor.V.graph.sizevars
-    shape = {"width": problem.width, "value_width": problem.value_width, "itemsize": problem.itemsize}
-    sparse_sizes = {"q_block": blocks.q_block, "kv_block": blocks.kv_block} if call.block_sparse else {}
+    shape: dict[str, Any] = {"width": problem.width, "value_width": problem.value_width, "itemsize": problem.itemsize}
+    sparse_sizes: dict[str, Any] = {"q_block": blocks.q_block, "kv_block": blocks.kv_block} if call.block_sparse else {}
     has_full = call.block_sparse and blocks.full_kv_num_blocks is not None
     lists = []
     if call.block_sparse:

@@ -60,7 +60,7 @@ def _instantiate(
     length: Any,
     tf32: bool = False,
 ) -> Any:
-    """One kernel. ``operands`` are read by their strides; ``dense`` and ``written`` (results beside the first) may hold None."""
+    """One kernel. ``operands`` are read by their strides; ``dense`` and ``written`` (results but the first) may hold None."""
     device = operands["K"].get_device()
     guard = inductor.V.graph.sizevars.guard_int
     width = guard(operands["K"].get_size()[3])
@@ -125,8 +125,8 @@ def _products(stage: str, tf32: bool, dtypes: dict[str, torch.dtype]) -> tuple[s
         return "tl.bfloat16", precision()
     if found == {torch.float16} and stage != "scan_product":
         return "tl.float16", precision()
-    # float16 ends at 65504, which sums over a sequence pass, and a solution in float32 beside 16-bit operands must not be rounded
-    # to theirs: both are multiplied as TF32, which has the bits of float16.
+    # float16 ends at 65504, which sums over a sequence pass, and a solution in float32 beside 16-bit operands must not be
+    # rounded to theirs: both are multiplied as TF32, which has the bits of float16.
     mixed = any(dtype.itemsize == 2 for dtype in dtypes.values())
     return "tl.float32", "'tf32'" if tf32 or mixed else precision()
 

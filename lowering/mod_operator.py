@@ -144,7 +144,8 @@ class ModOperator(HigherOrderOperator):
 
     def _functionalize(self, ctx: Any, *arguments: Any) -> Any:
         unwrapped = [
-            ctx.unwrap_tensors(argument) if isinstance(argument, (Tensor, tuple)) else argument for argument in arguments
+            ctx.unwrap_tensors(argument) if isinstance(argument, (Tensor, tuple)) else argument
+            for argument in arguments
         ]
         with ctx.redispatch_to_next():
 

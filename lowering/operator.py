@@ -161,8 +161,10 @@ attention_backward = ModOperator(
     dense.backward,
     _backward_fake,
     (
-        *(ModPlace(place.name, "fw_graphs", i, place.buffers, "forward") for i, place in enumerate((SCORE, COVARIANCE))),
-        *(ModPlace(place.name, "joint_graphs", i, place.buffers, "joint") for i, place in enumerate((SCORE, COVARIANCE))),
+        ModPlace("score_mod", "fw_graphs", 0, "score_mod_buffers", "forward"),
+        ModPlace("covariance_mod", "fw_graphs", 1, "covariance_mod_buffers", "forward"),
+        ModPlace("score_mod", "joint_graphs", 0, "score_mod_buffers", "joint"),
+        ModPlace("covariance_mod", "joint_graphs", 1, "covariance_mod_buffers", "joint"),
         MASK,
     ),
 )

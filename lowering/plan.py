@@ -222,7 +222,16 @@ def _systems(problem: Problem, direction: Direction, keys: int) -> list[Stage]:
         Stage("scan_totals", "chunked scan", direction, (1, 0), ("key",), (), sums, problem.width),
         Stage("scan_states", "chunked scan", direction, (1, 0), ("key",), ("states",), sums, problem.width),
         # Of a step's two products one meets the chunk twice and the sums once: about as much as one product of both.
-        Stage("scan_systems", "conjugate gradients", direction, (problem.probe_steps, 0), reads, written, steps, keys + CHUNK),
+        Stage(
+            "scan_systems",
+            "conjugate gradients",
+            direction,
+            (problem.probe_steps, 0),
+            reads,
+            written,
+            steps,
+            keys + CHUNK,
+        ),
     ]
 
 

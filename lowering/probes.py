@@ -1,8 +1,9 @@
 """Probes that a stage computes in front of the core: solved and gradient (FAMILY, "The solved probe").
 
-Gradient probes are written over the core itself. Its own output with the keys in the values' place is the matrix-vector product of the
-rows' systems: with intercept ``core(value=key, probe=x) = mean key - C x``, without ``core(value=key, probe=x) = S x``. That
-the core is differentiable gives gradient probes their gradient, through the steps. Solved probes are an operator of their own (:mod:`.solve`).
+Gradient probes are written over the core itself. Its own output with the keys in the values' place is the matrix-vector product
+of the rows' systems: with intercept ``core(value=key, probe=x) = mean key - C x``, without ``core(value=key, probe=x) = S x``.
+That the core is differentiable gives them their gradient, through the steps. Solved probes have operators of their own:
+:mod:`.solve`, and :mod:`.scan_solve` where the sums run.
 """
 
 from __future__ import annotations
@@ -133,9 +134,7 @@ def solved(
     return Solution(ProbeStage(x, iterations, residual), out, lse, mean)
 
 
-def summed(
-    query: Tensor, key: Tensor, lam: Tensor, weights: Weights, intercept: bool, most: int | None
-) -> ProbeStage:
+def summed(query: Tensor, key: Tensor, lam: Tensor, weights: Weights, intercept: bool, most: int | None) -> ProbeStage:
     """The probe of :func:`solved` where the weights are uniform and the sums run along the sequence."""
     assert weights.prefix is not None
     most = MAX_ITERATIONS_PER_WIDTH * query.size(3) if most is None else most

@@ -5,9 +5,9 @@ The matrix of a row is that of the keys before its chunk, which all rows of the 
     C x = (S x + sum_{j in chunk, j <= i} k_j (k_j.x)) / n - k_mean (k_mean.x) ,   S = sum_{j before} k_j k_j^T
 
 (without intercept the last term is not there), so that a step of conjugate gradients costs the same for every chunk. Two
-kernels, after the totals of whole segments (:mod:`.scan_products`): one writes ``S`` at each chunk, in the dtype of the products
-with a scale for each column; the other solves. The gradient is that of implicit differentiation (FAMILY, "Gradients"): the same
-systems again for ``u``, and two products of the scan.
+kernels, after the totals of whole segments (:mod:`.scan_products`): one writes ``S`` at each chunk, in the dtype of the
+products with a scale for each column; the other solves. The gradient is that of implicit differentiation (FAMILY,
+"Gradients"): the same systems again for ``u``, and two products of the scan.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ def systems(
         tolerance, max_iterations: of the solver.
 
     Returns:
-        ``x [B, Hq, L, D]``, ``x.mean key`` (of ``key`` as given), iterations (int32) and the norm of the residual, ``[B, Hq, L]``.
+        ``x [B, Hq, L, D]``; ``x.mean key`` (of ``key`` as given), iterations (int32) and the norm of the residual, each ``[B,
+        Hq, L]``.
     """
     heads, length, wide = key.size(1), right.size(2), statistics_dtype(right)
     chunk = length if whole else CHUNK
@@ -124,7 +125,9 @@ def systems(
         system += (keys, keep)
     mean = mean * scale
 
-    def image(x: Tensor, lam: Tensor, mean: Tensor, before: Tensor, seen: Tensor, scale: Tensor, *near: Tensor) -> Tensor:
+    def image(
+        x: Tensor, lam: Tensor, mean: Tensor, before: Tensor, seen: Tensor, scale: Tensor, *near: Tensor
+    ) -> Tensor:
         y = seen * (x @ before)
         if near:
             keys, keep = near

@@ -1,7 +1,7 @@
 """The solve operator: the members with a solved probe, whose systems are solved and whose output is made in one stage.
 
-Each row's system is ``M x = b`` with ``M = C + ridge I``: ``C = Cov_p(k, k)`` with intercept, else ``sum_j p_j k_j k_j^T``; ``p``
-are the weights of the core. No row's matrix is ever formed.
+Each row's system is ``M x = b`` with ``M = C + ridge I``: ``C = Cov_p(k, k)`` with intercept, else ``sum_j p_j k_j k_j^T``;
+``p`` are the weights of the core. No row's matrix is ever formed.
 
 The gradient is that of implicit differentiation (FAMILY, "Gradients"): with ``u = M^-1 dL/dx`` the operator is used again, its
 ``b`` now made from the gradient of the output, and what is left is the core's own backward for ``g.v_j + a.k_j`` in place of

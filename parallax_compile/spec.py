@@ -86,8 +86,8 @@ class Solved:
         ridge: positive; the call's ``ridge=`` takes its place.
         ridge_scale: ``"mean"``, on normalised weights; ``"sum"``, divided by the sum of unnormalised weights (or by n).
         max_iterations: steps of conjugate gradients that the compiled solver takes at most; None is ``4 D``. Rows stop by their
-            residual, which is in the auxiliary outputs. A row whose system is not positive definite (a tensor ridge of 0 or less)
-            stops where it shows: it keeps the solution found so far, at worst the zero probe, and its residual says so.
+            residual, which is in the auxiliary outputs. A row whose system is not positive definite (a tensor ridge of 0 or
+            less) stops where it shows: it keeps what it has found, at worst the zero probe, and its residual says so.
     """
 
     ridge: float = 0.1
