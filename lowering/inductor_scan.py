@@ -214,7 +214,8 @@ def _lower_product(x: Any, key: Any, value: Any, inverse: Any, starts: Any, leve
             "WHOLE": whole,
             "INTERCEPT": intercept,
             "SCALED": role == "out",
-            "X_SPLIT": x.get_dtype() == torch.float32 and key.get_dtype() == value.get_dtype() == torch.bfloat16,
+            # A solution in float32 beside 16-bit values.
+            "X_SPLIT": role == "out" and x.get_dtype().itemsize > value.get_dtype().itemsize,
             "HAS_LEVEL": level is not None,
             "HAS_TOTALS": sums[0] is not None,
             "HAS_INITIAL": initial[0] is not None,

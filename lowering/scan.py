@@ -93,11 +93,11 @@ class Kernels:
             cache_salt: not used here; see :data:`~.cache_key.CACHE_SALT`.
 
         Returns:
-            ``out [B, Hq, Lq, Dv]`` in key's dtype, ``t [B, Hq, Lq]``, and the state after the sequence; empty where
+            ``out [B, Hq, Lq, Dv]`` in value's dtype, ``t [B, Hq, Lq]``, and the state after the sequence; empty where
             it was not asked for.
         """
         sums = self.totals_of(key, value, None, None, starts, key.size(1), False, whole)
-        switches = ("out", intercept, moment, save_state, whole, key.dtype)
+        switches = ("out", intercept, moment, save_state, whole, value.dtype)
         return self.product(probe, key, value, inverse, starts, None, *sums, matrix, first, second, *switches)
 
     def backward(
@@ -200,7 +200,7 @@ def _(
     register_lowerings()  # whoever traces a call comes here
     intercept, moment, save_state, whole, _ = rest[-5:]
     return scan_product(
-        probe, key, value, rest[0], None, None, *(None,) * 6, "out", intercept, moment, save_state, whole, key.dtype
+        probe, key, value, rest[0], None, None, *(None,) * 6, "out", intercept, moment, save_state, whole, value.dtype
     )
 
 
@@ -233,7 +233,7 @@ def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple:
     probe, key, value, inverse, starts, *initial, mean = ctx.saved_tensors
     grad_out, grad_mean, *grad_state = grads
     if grad_out is None:
-        grad_out = key.new_zeros((*probe.shape[:3], value.size(3)))
+        grad_out = value.new_zeros((*probe.shape[:3], value.size(3)))
     if any(grad is not None for grad in grad_state):
         shapes = [
             (*key.shape[:2], key.size(3), value.size(3)),
@@ -308,7 +308,9 @@ def attention(
             initial = initial._replace(key_value=none[0], key_sum=none[1])
     # The covariance does not see a shift of the keys, and what is rounded gets smaller: FAMILY, "Centre the probe score".
     center = key.detach()[:, :, :CHUNK].to(wide).mean(2, keepdim=True) if intercept and not zero else None
-    centred = key if center is None else (key.to(wide) - center).to(key.dtype)
+    centred = key if center is None else key.to(wide) - center
+    if probe.dtype == key.dtype:  # beside a solution in float32 the keys are not rounded again: its products are large
+        centred = centred.to(key.dtype)
     sums: Sums = NO_SUMS if initial is None else (initial.key_value, initial.key_sum, initial.value_sum)
     if center is not None and initial is not None:
         assert initial.key_value is not None
