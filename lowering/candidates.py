@@ -118,6 +118,19 @@ _TABLE: dict[tuple[str, bool, int], _Row] = {
     ("scan_product", False, 64): ((32, 32, 4, 2), (32, 16, 4, 1)),
     ("scan_product", False, 128): ((32, 32, 8, 1), (16, 16, 4, 1)),
     ("scan_product", False, 256): ((16, 16, 8, 1), (16, 16, 4, 1)),
+    # BLOCK_M is the chunk; of the systems BLOCK_N is not used.
+    ("scan_states", True, 64): ((64, 64, 4, 3), (64, 64, 4, 2)),
+    ("scan_states", True, 128): ((64, 64, 4, 2), (64, 128, 8, 2)),
+    ("scan_states", True, 256): ((64, 64, 8, 2), (64, 32, 4, 1)),
+    ("scan_states", False, 64): ((64, 32, 4, 1), (64, 16, 4, 1)),
+    ("scan_states", False, 128): ((64, 32, 8, 1), (64, 16, 4, 1)),
+    ("scan_states", False, 256): ((64, 16, 8, 1),),
+    ("scan_systems", True, 64): ((64, 64, 4, 1), (32, 64, 4, 1)),
+    ("scan_systems", True, 128): ((64, 64, 4, 1), (64, 64, 8, 1), (32, 64, 4, 1)),
+    ("scan_systems", True, 256): ((32, 64, 8, 1), (16, 64, 8, 1)),
+    ("scan_systems", False, 64): ((32, 64, 4, 1), (16, 64, 4, 1)),
+    ("scan_systems", False, 128): ((16, 64, 4, 1),),
+    ("scan_systems", False, 256): ((16, 64, 8, 1),),
 }
 # Without a probe a stage holds half of the accumulators and tiles, so that other tiles are best.
 _TABLE_WITHOUT_PROBE: dict[tuple[str, bool, int], _Row] = {
@@ -174,11 +187,21 @@ _SPECIALIZED_TABLE: dict[tuple[str, bool, int], tuple[tuple[int, int, bool], ...
     ("core_forward", False, 128): ((128, 2, False), (128, 2, True)),
 }
 
+# float32 on the tensor cores.
+_TABLE_TF32: dict[tuple[str, bool, int], _Row] = {
+    ("scan_totals", False, 64): ((64, 64, 4, 2), (32, 32, 4, 2)),
+    ("scan_totals", False, 128): ((64, 64, 8, 2), (32, 32, 4, 2)),
+    ("scan_product", False, 64): ((64, 64, 4, 2), (32, 32, 4, 2)),
+    ("scan_product", False, 128): ((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 4, 1)),
+}
+
 _OPTION_PREFIXES = {
     "core_forward": ("", "fwd_"),
     "core_solve": ("", "solve_"),
     "scan_totals": ("", "totals_"),
     "scan_product": ("", "scan_"),
+    "scan_states": ("", "states_"),
+    "scan_systems": ("", "systems_"),
     "core_backward_query": ("", "bwd_", "bwd_query_"),
     "core_backward_key": ("", "bwd_", "bwd_key_"),
 }
@@ -204,10 +227,10 @@ def padded(width: int) -> int:
     return max(16, 1 << math.ceil(math.log2(width)))
 
 
-def shared_memory(stage: str, candidate: Candidate, width: int, value_width: int, itemsize: int, probe: bool) -> int:
+def shared_memory(stage: str, candidate: Candidate, width: int, value_width: int, itemsize: int, row_tiles: int) -> int:
     """Estimate, in bytes, of the shared memory that a candidate needs: the tiles that stay and the tiles in flight."""
     d, dv, bm, bn = padded(width), padded(value_width), candidate.block_m, candidate.block_n
-    query_side = d * (2 if probe or stage == "core_solve" else 1)
+    query_side = d * (1 + row_tiles)
     if candidate.specialized:
         # No scores in shared memory, but what the epilogue turns into whole rows, and barriers.
         rows = SPECIALIZED_GROUPS * bm
@@ -215,9 +238,12 @@ def shared_memory(stage: str, candidate: Candidate, width: int, value_width: int
     if stage == "core_forward":
         stay, stream = bm * query_side, bn * (d + dv)
     elif stage == "core_solve":
-        stay, stream = bm * query_side, bn * d
-    elif stage == "scan_totals":
+        # The direction, or the solution in two terms beside the values.
+        stay, stream = 3 * bm * d, bn * (d + dv)
+    elif stage == "scan_totals" or stage == "scan_states":
         stay, stream = 0, bm * (d + bn)
+    elif stage == "scan_systems":
+        stay, stream = d * d + (bm + bn) * d, 0
     elif stage == "scan_product":
         stay, stream = d * bn, bm * (2 * d + bn)
     elif stage == "core_backward_query":
@@ -234,10 +260,11 @@ def candidates(
     width: int,
     value_width: int,
     itemsize: int,
-    has_probe: bool,
+    row_tiles: int,
     shared_memory_limit: int,
     tma: bool = False,
     specialized: bool = False,
+    tf32: bool = False,
     q_block: int | None = None,
     kv_block: int | None = None,
     options: Mapping[str, Any] | None = None,
@@ -248,10 +275,11 @@ def candidates(
         stage: a stage that is a template.
         width, value_width: ``D`` and ``Dv``.
         itemsize: bytes of an element of the inputs.
-        has_probe: whether a probe tile is held too.
+        row_tiles: how many tiles of rows are held beside the query's: the probe's and the adjoint's terms.
         shared_memory_limit: bytes that one block may use on the target.
         tma: whether the target has tensor descriptors and the tensors are laid out as they need it.
         specialized: whether the call is one that a warp-specialised kernel can compute, on a target that it is for.
+        tf32: whether float32 is multiplied as TF32, on the tensor cores.
         q_block, kv_block: sizes of the block mask's blocks, which tiles must divide; None without one.
         options: the user's ``kernel_options``; a more specific prefix wins over a less specific one.
 
@@ -273,12 +301,13 @@ def candidates(
         # Never unasked: as generated they have run in the tests' interpreter only, not in benchmarks/check_device.py on a GPU.
         table = [
             Candidate(64, block_n, 4, stages, tma=True, specialized=True, overlap=overlap)
-            for block_n, stages, overlap in _SPECIALIZED_TABLE.get((stage, has_probe, row), ())
+            for block_n, stages, overlap in _SPECIALIZED_TABLE.get((stage, bool(row_tiles), row), ())
         ]
         _check_specialized(stage, specialized and tma and bool(table), forced)
     else:
         key = (stage, itemsize == 2, row)
-        rows = (_TABLE_WITHOUT_PROBE.get(key) if not has_probe else None) or _TABLE[key]
+        special = _TABLE_WITHOUT_PROBE if not row_tiles else _TABLE_TF32 if tf32 and itemsize == 4 else {}
+        rows = special.get(key) or _TABLE[key]
         table = [Candidate(*values) for values in rows]  # type: ignore[arg-type]  # the fifth of a row is a bool
     found: list[Candidate] = []
     for candidate in table:
@@ -295,7 +324,7 @@ def candidates(
         _check_forced(stage, found[0], q_block, kv_block)
 
     def fits(candidate: Candidate) -> bool:
-        return shared_memory(stage, candidate, width, value_width, itemsize, has_probe) <= shared_memory_limit
+        return shared_memory(stage, candidate, width, value_width, itemsize, row_tiles) <= shared_memory_limit
 
     feasible = [candidate for candidate in found if fits(candidate)]
     if feasible:

@@ -278,12 +278,13 @@ def backward(
     mask_mod_buffers: tuple = (),
     score_grad_sum: Tensor | None = None,
     probe_score_grad_sum: Tensor | None = None,
+    adjoint: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, tuple, tuple]:
     """The operator's backward; arguments and results as in :func:`.dense.backward`."""
     dtype, count, kv_heads = _work_dtype(query), _rows_per_chunk(query), key.size(1)
     buffers = (score_mod_buffers, covariance_mod_buffers, mask_mod_buffers)
     mods = _mods(*fw_graphs, block_mask[-1], buffers)
-    has_probe = probe is not None
+    has_probe, has_adjoint = probe is not None, adjoint is not None
     need_query, need_key, need_value, need_probe = (*needs_grad[:3], needs_grad[3] and has_probe)
     joints = [
         None if mod is None else vectorize_mod(graph, n_buffers=len(captured), kind="joint")
@@ -294,6 +295,7 @@ def backward(
     def chunk(rows: Tensor, carried: list[Tensor], operands: list[Any]) -> tuple[Tensor, ...]:
         query, key, value, grad_out, lse, mean, tau, beta, *rest = operands
         probe = rest.pop(0) if has_probe else None
+        a = _chunk(rest.pop(0), rows).to(dtype) if has_adjoint else None
         local = mods.with_buffers(rest)
         q, g = _chunk(query, rows).to(dtype), _chunk(grad_out, rows).to(dtype)
         r = None if probe is None else _chunk(probe, rows).to(dtype)
@@ -303,6 +305,8 @@ def backward(
         live = (row_lse > -float("inf")) & (rows < _length(query))[:, None]
         weights = torch.exp(s1 - torch.where(live, row_lse, float("inf")))
         products = _products(g, value)
+        if a is not None:
+            products = products + _products(a, key)
         ds2 = None
         if s2 is None:
             signed, ds1 = weights, weights * (products - row_tau)
@@ -338,6 +342,8 @@ def backward(
             summed = _summed(draw1, q, kv_heads)
             if draw2 is not None and r is not None:
                 summed = summed + _summed(draw2, r, kv_heads)
+            if a is not None:
+                summed = summed + _summed(signed, a, kv_heads)
             results.append(next(old) + summed)
         if need_value:
             results.append(next(old) + _summed(signed, g, kv_heads))
@@ -361,7 +367,7 @@ def backward(
     ]
     carried += [torch.zeros(buffer.shape, dtype=dtype) for buffer in differentiated]
     operands: list[Any] = [query, key.to(dtype), value.to(dtype), grad_out, lse, probe_mean, tau, beta]
-    operands += [*([probe] if has_probe else []), *mods.flat()]
+    operands += [*([probe] if has_probe else []), *([adjoint] if has_adjoint else []), *mods.flat()]
     results = iter(_over_rows(count, query, chunk, carried, operands))
     rows = query.size(2)
     dq = in_layout_of(query, next(results)[:, :, :rows]) if need_query else None
@@ -378,9 +384,12 @@ def backward(
 def solve(
     query: Tensor,
     key: Tensor,
-    right: Tensor | None,
-    known: Tensor | None,
+    value: Tensor | None,
     ridge: Tensor,
+    grad_out: Tensor | None,
+    probe: Tensor | None,
+    grad_mean: Tensor | None,
+    right: Tensor | None,
     score_mod: Graph,
     block_mask: tuple,
     scale: float,
@@ -388,28 +397,40 @@ def solve(
     solver: dict[str, Any],
     score_mod_buffers: tuple = (),
     mask_mod_buffers: tuple = (),
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The solve operator by conjugate gradients on chunks of rows; arguments and results as in :func:`.dense.solve`."""
     dtype, count = _work_dtype(query), _rows_per_chunk(query)
-    if known is not None:
-        zeros = torch.zeros_like(known[..., 0])
-        return known.clone(), zeros.to(torch.int32), zeros
     mods = _mods(score_mod, score_mod, block_mask[-1], (score_mod_buffers, (), mask_mod_buffers))
-    has_right = right is not None
-    tolerance, most = solver["tolerance"], solver["max_iterations"]
+    given = {"value": value, "grad_out": grad_out, "probe": probe, "grad_mean": grad_mean, "right": right}
+    present = [name for name, tensor in given.items() if tensor is not None]
+    makes_output = probe is None and value is not None
 
     def chunk(rows: Tensor, carried: list[Tensor], operands: list[Any]) -> tuple[Tensor, ...]:
         query, key, ridge, *rest = operands
-        given = rest.pop(0) if has_right else None
+        named = dict(zip(present, rest, strict=False))
         q = _chunk(query, rows).to(dtype)
-        _, _, s1, _, _, _ = _scores(q, None, key, _within(query, rows), mods.with_buffers(rest), scale)
+        local = mods.with_buffers(rest[len(present) :])
+        _, _, s1, _, _, _ = _scores(q, None, key, _within(query, rows), local, scale)
         largest = s1.amax(-1, keepdim=True)
-        weights = torch.exp(s1 - torch.where(largest == -float("inf"), 0.0, largest))
+        largest = torch.where(largest == -float("inf"), 0.0, largest)
+        weights = torch.exp(s1 - largest)
         total = weights.sum(-1, keepdim=True)
+        lse = (largest + total.log()).squeeze(-1)
         weights = weights / torch.where(total == 0, 1.0, total)
         mean = _applied(weights, key)
-        b = (mean - q if intercept else q) if given is None else _chunk(given, rows).to(dtype)
         lam = _chunk(ridge, rows)[..., None]
+        moment = torch.zeros_like(lam)
+        if probe is None:
+            b = mean - q if intercept else q
+        else:
+            b = _chunk(named["right"], rows).to(dtype) if right is not None else torch.zeros_like(mean)
+            if grad_out is not None:
+                signed = weights * _products(_chunk(named["grad_out"], rows).to(dtype), named["value"])
+                moment = signed.sum(-1, keepdim=True)
+                found = _applied(signed, key)
+                b = b + (moment * mean - found if intercept else found)
+            if grad_mean is not None:
+                b = b + _chunk(named["grad_mean"], rows).to(dtype)[..., None] * mean
 
         def product(x: Tensor, weights: Tensor, key: Tensor, mean: Tensor, lam: Tensor) -> Tensor:
             along = _products(x, key)
@@ -418,52 +439,88 @@ def solve(
             signed = weights * (along - (weights * along).sum(-1, keepdim=True))
             return _applied(signed, key) - signed.sum(-1, keepdim=True) * mean + lam * x
 
-        def condition(step: Tensor, done: Tensor, *_: Tensor) -> Tensor:
-            return (step < most) & ~done
-
-        def iterate(step: Tensor, done: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-            x, residual, direction, gained, used, last, *system = state
-            image = product(direction, *system)
-            curvature = (direction * image).sum(-1, keepdim=True)
-            safe = torch.where(curvature > 0, curvature, 1.0)
-            along = (residual * direction).sum(-1, keepdim=True)
-            # A row that has converged stays where it is: its terms are rounding.
-            moving = last | (used < 2)
-            alpha = torch.where((curvature > 0) & moving, along / safe, 0.0)
-            x, residual = x + alpha * direction, residual - alpha * image
-            beta = torch.where(curvature > 0, -(residual * image).sum(-1, keepdim=True) / safe, 0.0)
-            term = alpha * along
-            gained, used = gained + term, used + moving.to(used.dtype)
-            last = moving & (term > tolerance * tolerance * gained)
-            direction = torch.where(moving, residual + beta * direction, direction)
-            return step + 1, ~(last | ((used < 2) & (gained > 0))).any(), x, residual, direction, gained, used, last
-
-        column = torch.zeros_like(b[..., :1])
-        start = (
-            torch.zeros((), dtype=torch.int64),
-            torch.zeros((), dtype=torch.bool),
-            torch.zeros_like(b),
-            b.clone(),
-            b.clone(),
-            column,
-            column.to(torch.int32),
-            column == 0,
-        )
-        _, _, x, residual, _, _, used, _ = traced_while_loop(
-            condition, iterate, start, (weights, key, mean, lam.expand(column.shape).contiguous())
-        )
-        results = (x, used.squeeze(-1), residual.norm(dim=-1))
+        x, residual, used = conjugate_gradients(product, b, lam, solver, (weights, key, mean, lam.contiguous()))
+        along = (x * mean).sum(-1)
+        results = [x]
+        if probe is None:
+            results += [lse, along]
+        else:
+            offset = lam * x + residual
+            if right is not None:
+                offset = offset - _chunk(named["right"], rows).to(dtype)
+            results += [moment.squeeze(-1) + along, -(_chunk(named["probe"], rows) * offset).sum(-1)]
+        results += [used, residual.norm(dim=-1)]
+        if makes_output:
+            scores = _products(x, key)
+            signed = weights * (1 + along[..., None] - scores if intercept else scores)
+            results.append(_applied(signed, named["value"]))
         return tuple(old.index_copy(2, rows, new.to(old.dtype)) for old, new in zip(carried, results, strict=True))
 
-    carried = [
-        _padded_rows(query, count, query.size(3), dtype=dtype),
-        _padded_rows(query, count, dtype=torch.int32),
-        _padded_rows(query, count, dtype=dtype),
-    ]
-    operands: list[Any] = [query, key.to(dtype), ridge.to(dtype), *([right] if has_right else []), *mods.flat()]
-    x, iterations, residual = _over_rows(count, query, chunk, carried, operands)
+    carried = [_padded_rows(query, count, query.size(3), dtype=dtype)]
+    carried += [_padded_rows(query, count, dtype=kind) for kind in (dtype, dtype, torch.int32, dtype)]
+    if makes_output and value is not None:
+        carried.append(_padded_rows(query, count, value.size(3), dtype=value.dtype))
+    if value is not None:
+        given["value"] = value.to(dtype)
+    operands: list[Any] = [query, key.to(dtype), ridge.to(dtype), *(given[name] for name in present), *mods.flat()]
+    x, *results = _over_rows(count, query, chunk, carried, operands)
     rows = query.size(2)
-    return x[:, :, :rows].contiguous(), iterations[:, :, :rows].contiguous(), residual[:, :, :rows].contiguous()
+    first, second, iterations, residual = (result[:, :, :rows].contiguous() for result in results[:4])
+    out = in_layout_of(query, results[4][:, :, :rows]) if makes_output else query.new_empty(0)
+    return x[:, :, :rows].contiguous(), out, first, second, iterations, residual
+
+
+def conjugate_gradients(
+    product: Callable[..., Tensor], b: Tensor, ridge: Tensor, solver: dict[str, Any], system: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Solve ``product(x, *system) = b`` for each row, all rows at once, until each has converged.
+
+    A row stops when its last term is below the square of its tolerance. That is relative to the norm of M, in which the parts
+    that the ridge alone holds count little and the gradient of the keys is made of them: the smaller the ridge is against M,
+    the smaller the tolerance.
+
+    Args:
+        b: ``[..., D]``; ridge: ``[..., 1]``; solver: ``tolerance`` and ``max_iterations``.
+
+    Returns:
+        ``x``, the residual ``b - M x`` (both ``[..., D]``) and iterations ``[...]``.
+    """
+    tolerance, most = solver["tolerance"], solver["max_iterations"]
+
+    def condition(step: Tensor, moving: Tensor, *_: Tensor) -> Tensor:
+        return (step < most) & moving.any()
+
+    def iterate(step: Tensor, moving: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        x, residual, direction, gained, goal, used, ridge, *system = state
+        image = product(direction, *system)
+        curvature = (direction * image).sum(-1, keepdim=True)
+        safe = torch.where(curvature > 0, curvature, 1.0)
+        share = ridge * direction.square().sum(-1, keepdim=True) / safe
+        goal = torch.where(step == 0, tolerance * tolerance * share.clamp(0.01, 1.0), goal)
+        along = (residual * direction).sum(-1, keepdim=True)
+        # A row that has converged stays where it is: its terms are rounding.
+        alpha = torch.where((curvature > 0) & moving, along / safe, 0.0)
+        x, residual = x + alpha * direction, residual - alpha * image
+        beta = torch.where(curvature > 0, -(residual * image).sum(-1, keepdim=True) / safe, 0.0)
+        term = alpha * along
+        gained, used = gained + term, used + moving.to(used.dtype)
+        direction = torch.where(moving, residual + beta * direction, direction)
+        moving = moving & ((term > goal * gained) | (used < 2))
+        return step + 1, moving, x, residual, direction, gained, goal, used
+
+    column = torch.zeros_like(b[..., :1])
+    start = (
+        torch.zeros((), dtype=torch.int64),
+        b.square().sum(-1, keepdim=True) > 0,
+        torch.zeros_like(b),
+        b.clone(),
+        b.clone(),
+        column,
+        column.clone(),
+        column.to(torch.int32),
+    )
+    _, _, x, residual, _, _, _, used = traced_while_loop(condition, iterate, start, (ridge.contiguous(), *system))
+    return x, residual, used.squeeze(-1)
 
 
 def lower(function: Callable[..., Any], arguments: Sequence[Any]) -> Any:

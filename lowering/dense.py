@@ -112,9 +112,12 @@ def forward(
 def solve(
     query: Tensor,
     key: Tensor,
-    right: Tensor | None,
-    known: Tensor | None,
+    value: Tensor | None,
     ridge: Tensor,
+    grad_out: Tensor | None,
+    probe: Tensor | None,
+    grad_mean: Tensor | None,
+    right: Tensor | None,
     score_mod: Mod,
     block_mask: tuple,
     scale: float,
@@ -122,25 +125,63 @@ def solve(
     solver: dict[str, Any],
     score_mod_buffers: tuple = (),
     mask_mod_buffers: tuple = (),
-) -> tuple[Tensor, Tensor, Tensor]:
-    """:data:`~.solve.attention_solve` by a direct solve of each row's matrix (0 iterations)."""
-    iterations = torch.zeros(query.shape[:3], dtype=torch.int32, device=query.device)
-    if known is not None:
-        return known.clone(), iterations, torch.zeros_like(known[..., 0])
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The rows' ridge systems ``M x = b`` on dense scores, by a direct solve (0 iterations).
+
+    Without ``probe`` (forward) ``b`` is the member's own: ``mean key - query`` with intercept, else ``query``. With it, the
+    solution found then, the call is the adjoint: ``b`` is the gradient of the solution, the sum of what is given.
+
+    Args:
+        query: ``[B, Hq, Lq, D]``; key: ``[B, Hkv, Lk, D]``.
+        value: ``[B, Hkv, Lk, Dv]``, or None where the output is made elsewhere (of a covariance_mod).
+        ridge: ``[B, Hq, Lq]``, positive, on normalised weights.
+        grad_out, grad_mean: adjoint: gradients of the output (with ``value``) and of ``t``; None is 0.
+        probe: adjoint: the solution, ``[B, Hq, Lq, D]`` in the dtype of the statistics.
+        right: adjoint: a gradient of the solution from elsewhere; None is 0.
+        score_mod, block_mask, scale, intercept, *_buffers: as in :func:`forward`.
+        solver: ``tolerance`` and ``max_iterations``, beside the user's kernel options.
+
+    Returns:
+        ``x [B, Hq, Lq, D]``; the output ``[B, Hq, Lq, Dv]`` (forward with ``value``, else empty); two row terms ``[B, Hq,
+        Lq]``, forward LSE and ``t = x.mean key``, adjoint ``beta`` and ``offset`` of :mod:`.solve` but for the gradients of LSE
+        and ``t``; iterations (int32) and the norm of ``b - M x``. All but the output in the dtype of the statistics.
+    """
     buffers = (score_mod_buffers, (), mask_mod_buffers)
     _, _, s1, _, _ = _scores(query, key, None, (score_mod, score_mod), block_mask, scale, buffers)
-    lse = s1.logsumexp(-1, keepdim=True)
-    weights = torch.exp(s1 - torch.where(lse.isneginf(), 0.0, lse))
+    lse = s1.logsumexp(-1)
+    weights = torch.exp(s1 - torch.where(lse.isneginf(), 0.0, lse)[..., None])
     keys, queries = _per_query_head(key, query), query.to(weights.dtype)
     mean = weights @ keys
     centred = keys[:, :, None] - mean[:, :, :, None] if intercept else keys[:, :, None]
     matrix = centred.mT @ (weights[..., None] * centred)
     matrix = matrix + ridge[..., None, None] * torch.eye(key.size(3), dtype=matrix.dtype, device=key.device)
-    if right is None:
-        right = mean - queries if intercept else queries
-    x = torch.linalg.solve(matrix, right[..., None])
-    residual = (right - (matrix @ x)[..., 0]).norm(dim=-1)
-    return x[..., 0].contiguous(), iterations, residual
+    moment = torch.zeros_like(lse)
+    if probe is None:
+        b = mean - queries if intercept else queries
+    else:
+        b = torch.zeros_like(mean) if right is None else right
+        if grad_out is not None and value is not None:
+            signed = weights * (grad_out.to(weights.dtype) @ _per_query_head(value, query).mT)
+            moment = signed.sum(-1)
+            found = signed @ keys
+            b = b + (moment[..., None] * mean - found if intercept else found)
+        if grad_mean is not None:
+            b = b + grad_mean[..., None] * mean
+    x = torch.linalg.solve(matrix, b[..., None])[..., 0].contiguous()
+    error = b - (matrix @ x[..., None])[..., 0]
+    along = (x * mean).sum(-1)
+    out = query.new_empty(0)
+    if probe is None:
+        first, second = lse, along
+        if value is not None:
+            scores = x @ keys.mT
+            signed = weights * (1 + along[..., None] - scores if intercept else scores)
+            out = in_layout_of(query, (signed @ _per_query_head(value, query)).to(value.dtype))
+    else:
+        offset = ridge[..., None] * x + error
+        first, second = moment + along, -(probe * (offset if right is None else offset - right)).sum(-1)
+    iterations = torch.zeros(query.shape[:3], dtype=torch.int32, device=query.device)
+    return x, out, first, second, iterations, error.norm(dim=-1)
 
 
 def backward(
@@ -165,8 +206,12 @@ def backward(
     mask_mod_buffers: tuple = (),
     score_grad_sum: Tensor | None = None,
     probe_score_grad_sum: Tensor | None = None,
+    adjoint: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, tuple, tuple]:
     """Gradients of :func:`forward` from its row statistics and the row terms of :func:`~.operator.row_terms`.
+
+    ``adjoint a [B, Hq, Lq, D]`` adds the gradient of a second output whose values are the keys and whose gradient is ``a``:
+    that of a solved probe (:mod:`.solve`).
 
     Returns:
         ``dq, dk, dv, dprobe`` (None where ``needs_grad`` says so) and the gradients of the tensors captured by each mod.
@@ -177,6 +222,8 @@ def backward(
     weights = torch.exp(s1 - torch.where(lse.isneginf(), float("inf"), lse)[..., None])
     grad = grad_out.to(dtype)
     products = grad @ _per_query_head(value, query).mT
+    if adjoint is not None:
+        products = products + adjoint.to(dtype) @ _per_query_head(key, query).mT
     tau, beta, mean = tau[..., None], beta[..., None], probe_mean[..., None]
     ds2 = torch.zeros_like(weights)
     if probe is None:
@@ -211,6 +258,8 @@ def backward(
     dk = draw1.mT @ query.to(dtype)
     if probe is not None:
         dk = dk + draw2.mT @ probe.to(dtype)
+    if adjoint is not None:
+        dk = dk + signed.mT @ adjoint.to(dtype)
     full = (draw1 @ keys, per_key_head(dk), per_key_head(signed.mT @ grad), draw2 @ keys)
     grads = tuple(
         in_layout_of(like, g.to(like.dtype)) if needed and like is not None else None

@@ -128,6 +128,15 @@ class _Call:
     scale: float
     intercept: bool
     options: dict[str, Any]
+    probe_low: Any = None
+    adjoint: Any = None
+    adjoint_low: Any = None
+
+    @property
+    def row_tiles(self) -> dict[str, Any]:
+        """The tensors beside the query of which a kernel reads a tile of rows, by the templates' names."""
+        named = {"R": self.probe, "R_LOW": self.probe_low, "ADJOINT": self.adjoint, "ADJOINT_LOW": self.adjoint_low}
+        return {name: node for name, node in named.items() if node is not None}
 
     @property
     def device(self) -> torch.device:
@@ -176,9 +185,18 @@ def _call(
     scale: float,
     intercept: bool,
     options: dict[str, Any],
+    adjoint: Any = None,
 ) -> _Call:
     query, key, value, probe, *blocks = inductor.maybe_realize([*operands, *block_mask[:8]])
-    inductor.freeze_irnodes([query, key, value, probe])
+    # float32 rows beside 16-bit queries are two terms.
+    low = query.get_dtype()
+    if probe is None or probe.get_dtype() == low:
+        probe_low = adjoint_low = None
+    else:
+        probe, probe_low = two_terms(probe, low)
+        adjoint, adjoint_low = (None, None) if adjoint is None else two_terms(adjoint, low)
+    (adjoint,) = inductor.maybe_realize([adjoint])
+    inductor.freeze_irnodes([query, key, value, probe, probe_low, adjoint, adjoint_low])
     device = query.get_device()
     guard = inductor.V.graph.sizevars.guard_int
     mask_graph = block_mask[-1]
@@ -194,8 +212,27 @@ def _call(
         has_mask=not is_always_true(mask_graph.graph_module),
         scale=scale,
         intercept=intercept,
-        options={name: option for name, option in options.items() if name != "cache_salt"},
+        options={name: option for name, option in options.items() if name not in _NOT_FOR_KERNELS},
+        probe_low=probe_low,
+        adjoint=adjoint,
+        adjoint_low=adjoint_low,
     )
+
+
+_NOT_FOR_KERNELS = ("cache_salt", "tolerance", "max_iterations")
+
+
+def two_terms(node: Any, dtype: torch.dtype) -> tuple[Any, Any]:
+    """``node`` (float32) as the sum of two dense buffers of a 16-bit ``dtype``."""
+    aten, do = torch.ops.aten, inductor.lowerings
+    # The first term by clearing the bits that it has not: Inductor keeps 16-bit numbers in float32 within a kernel, where a
+    # conversion there and back would round nothing.
+    bits = -(1 << (23 - 7)) if dtype == torch.bfloat16 else -(1 << (23 - 10))
+    high = do[aten.view.dtype](do[aten.bitwise_and](do[aten.view.dtype](node, torch.int32), bits), torch.float32)
+    terms = [high, do[aten.sub](node, high)]
+    dense = [inductor.ir.ExternKernel.require_contiguous(inductor.to_dtype(term, dtype)) for term in terms]
+    first, second = inductor.maybe_realize(dense)
+    return first, second
 
 
 # --- instances of templates -----------------------------------------------------------------------------------------
@@ -268,6 +305,9 @@ def _tma_possible(device: torch.device, tensors: Sequence[Any]) -> bool:
     return all(map(possible, tensors))
 
 
+_STREAMED = ("Q", "K", "V", "R", "R_LOW", "ADJOINT", "ADJOINT_LOW", "GRAD_OUT")
+
+
 def _specialized_possible(stage: str, call: _Call, problem: Problem) -> bool:
     """Whether a warp-specialised kernel can compute the stage: see the head of its template."""
     blocks = call.block_mask
@@ -276,7 +316,7 @@ def _specialized_possible(stage: str, call: _Call, problem: Problem) -> bool:
         and has_gluon()
         and torch.cuda.get_device_capability(call.device)[0] == 9
         and problem.dtype in ("bfloat16",) + ("float16",) * (not problem.has_probe)
-        and (call.probe is None or call.probe.get_dtype() == call.query.get_dtype())
+        and call.probe_low is None
         and not problem.score_mod
         and not (problem.has_probe and problem.covariance_mod)
         and call.scale > 0
@@ -315,15 +355,15 @@ def _instantiate(
     """
     blocks = call.block_mask
     sizevars = inductor.V.graph.sizevars
-    shape = {"width": problem.width, "value_width": problem.value_width, "itemsize": problem.itemsize}
-    sparse_sizes = {"q_block": blocks.q_block, "kv_block": blocks.kv_block} if call.block_sparse else {}
+    shape: dict[str, Any] = {"width": problem.width, "value_width": problem.value_width, "itemsize": problem.itemsize}
+    sparse_sizes: dict[str, Any] = {"q_block": blocks.q_block, "kv_block": blocks.kv_block} if call.block_sparse else {}
     has_full = call.block_sparse and blocks.full_kv_num_blocks is not None
     found = candidates(
         stage,
         **shape,
-        has_probe=problem.has_probe,
+        row_tiles=len(call.row_tiles),
         shared_memory_limit=shared_memory_limit(call.device),
-        tma=_tma_possible(call.device, [inputs[name] for name in ("Q", "K", "V", "R", "GRAD_OUT") if name in inputs]),
+        tma=_tma_possible(call.device, [inputs[name] for name in _STREAMED if name in inputs]),
         specialized=_specialized_possible(stage, call, problem),
         options=call.options,
         **sparse_sizes,
@@ -357,7 +397,8 @@ def _instantiate(
         "D_PAD": padded(problem.width),
         "DV_PAD": padded(problem.value_width),
         "HAS_PROBE": problem.has_probe,
-        "PROBE_SPLIT": call.probe is not None and call.probe.get_dtype().itemsize > problem.itemsize,
+        "PROBE_SPLIT": call.probe_low is not None,
+        "HAS_ADJOINT": call.adjoint is not None,
         "INTERCEPT": problem.intercept,
         "SCORE_MOD": problem.score_mod,
         "COVARIANCE_MOD": problem.has_probe and problem.covariance_mod,
@@ -436,8 +477,9 @@ def _core_forward(call: _Call, plan: Plan, layouts: list[Any]) -> tuple[Any, Any
         zeros = inductor.lowerings[torch.ops.aten.full]
         probe_mean = zeros(probe_mean_layout.size, 0.0, dtype=probe_mean_layout.dtype, device=call.device)
     inputs = {"Q": call.query, "K": call.key, "V": call.value}
+    inputs |= call.row_tiles
     if problem.has_probe:
-        inputs |= {"R": call.probe, "PROBE_MEAN": probe_mean}
+        inputs |= {"PROBE_MEAN": probe_mean}
     inputs |= {"LSE": lse}
     if problem.saves_value_mean:
         inputs |= {"VALUE_MEAN": value_mean}
@@ -459,8 +501,9 @@ def _core_forward(call: _Call, plan: Plan, layouts: list[Any]) -> tuple[Any, Any
 
 def _backward_inputs(call: _Call, statistics: dict[str, Any], problem: Problem) -> dict[str, Any]:
     inputs = {"Q": call.query, "K": call.key, "V": call.value}
+    inputs |= call.row_tiles
     if problem.has_probe:
-        inputs |= {"R": call.probe, "BETA": statistics["beta"]}
+        inputs |= {"BETA": statistics["beta"]}
         if problem.intercept:
             inputs |= {"LEVEL": statistics["level"]}
     return inputs | {name.upper(): statistics[name] for name in ("grad_out", "lse2", "offset")}
@@ -581,7 +624,8 @@ def _lower_backward(*arguments: Any) -> Any:
     if device.type == "cpu":
         return cpu.lower(cpu.backward, arguments)
     mods = tuple(_backward_mod(*parts, device) for parts in zip(forward, joint, buffers[:2], strict=True))
-    call = _call((query, key, value, probe), block_mask, mods, buffers[2], scale, intercept, options)  # type: ignore[arg-type]
+    operands = (query, key, value, probe)
+    call = _call(operands, block_mask, mods, buffers[2], scale, intercept, options, arguments[21])  # type: ignore[arg-type]
     plan = make_plan(call.problem(tuple(needs_grad)))
     names = ("grad_out", "lse", "probe_mean", "tau", "beta", "score_grad_sum", "probe_score_grad_sum")
     named = dict(zip(names, (*statistics, *arguments[19:21]), strict=True))
@@ -613,39 +657,44 @@ def _lower_backward(*arguments: Any) -> Any:
 @inductor.register_lowering(attention_solve, type_promotion_kind=None)
 def _lower_solve(*arguments: Any) -> Any:
     """Inductor's lowering of :data:`~.solve.attention_solve`."""
-    query = arguments[0]
+    query, key, value, ridge, grad_out, probe, grad_mean, right, *rest = arguments
+    score, block_mask, scale, intercept, solver, *buffers = rest
     if query.get_device().type == "cpu":
         return cpu.lower(cpu.solve, arguments)
-    # A solution that is known comes back at the autograd key, so that no graph holds such a call: solving again would lose it.
-    assert arguments[3] is None
-    _, key, right, _, ridge, score, block_mask, scale, intercept, solver, *buffers = arguments
     mod = _forward_mod(score, buffers[0], query.get_device())
-    options = {name: option for name, option in solver.items() if name not in ("tolerance", "max_iterations")}
-    call = _call(
-        (query, key, key, None), block_mask, (mod, _Mod(mod.value, [], True)), buffers[1], scale, intercept, options
-    )
+    mods = (mod, _Mod(mod.value, [], True))
+    operands = (query, key, key if value is None else value, None)
+    call = _call(operands, block_mask, mods, buffers[1], scale, intercept, solver)
     plan = make_plan(call.problem(None))
-    dense = [
-        None if node is None else inductor.ir.ExternKernel.require_contiguous(inductor.to_dtype(node, torch.float32))
-        for node in (right, ridge)
-    ]
-    right, ridge = _realized(dense)
-    layout, iterations_layout, residual_layout = node_layouts()
-    iterations, residual = allocate(iterations_layout), allocate(residual_layout)
-    inputs = {"Q": call.query, "K": call.key}
-    if right is not None:
-        inputs |= {"RIGHT": right}
-    inputs |= {"RIDGE": ridge, "ITERATIONS": iterations, "RESIDUAL": residual}
+
+    def dense(node: Any) -> Any:
+        return inductor.ir.ExternKernel.require_contiguous(inductor.to_dtype(node, torch.float32))
+
+    layout, out_layout, *row_layouts = node_layouts()
+    makes_output = probe is None and value is not None
+    rows = {"RIDGE": ridge, "RIGHT": right, "PROBE": probe, "GRAD_MEAN": grad_mean}
+    given = {name: dense(node) for name, node in rows.items() if node is not None}
+    given |= {} if grad_out is None else {"GRAD_OUT": grad_out}
+    given = dict(zip(given, _realized(list(given.values())), strict=True))
+    row_terms = dict(zip(("FIRST", "SECOND", "ITERATIONS", "RESIDUAL"), map(allocate, row_layouts), strict=True))
+    out = allocate(out_layout)
+    inputs = {"Q": call.query, "K": call.key, "V": call.value, **given, **row_terms, "OUT": out}
+    order = ("Q", "K", "V", "RIGHT", "RIDGE", "PROBE", "GRAD_OUT", "GRAD_MEAN", *row_terms, "OUT")
+    absent = ([] if value is not None else ["V"]) + ([] if makes_output else ["OUT"])
+    inputs = {name: inputs[name] for name in order if name in inputs and name not in absent}
     x = _instantiate(
         "core_solve",
         call,
         plan.problem,
         inputs,
         layout,
-        [iterations, residual],
+        [*row_terms.values(), *([out] if makes_output else [])],
         [mod.value, mod.value, call.mask],
         {
+            "ADJOINT": probe is not None,
+            "HAS_VALUE": value is not None,
             "HAS_RIGHT": right is not None,
+            "HAS_GRAD_MEAN": grad_mean is not None,
             # The reciprocal, because Inductor's description of a choice breaks at the minus of 1e-06.
             "INVERSE_TOLERANCE": round(1.0 / solver["tolerance"]),
             "MAX_ITERATIONS": solver["max_iterations"],
@@ -653,7 +702,7 @@ def _lower_solve(*arguments: Any) -> Any:
         grid=(plan.problem.batch, plan.problem.q_heads, plan.problem.q_length),
         sparse=("kv", "full_kv"),
     )
-    return x, iterations, residual
+    return x, out, *row_terms.values()
 
 
 def _captured_grads(mod: _Mod) -> tuple:

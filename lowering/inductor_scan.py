@@ -1,4 +1,4 @@
-"""Inductor lowerings of the scan: two templates (GPU), or plain torch code inlined (CPU)."""
+"""Inductor lowerings of the scan and its solver: four templates (GPU), or plain torch code inlined (CPU)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .. import templates
-from . import scan, scan_products
+from . import scan, scan_products, scan_solve
 from .candidates import candidates, padded
 from .inductor import allocate, distinct, node_layouts, precision, shared_memory_limit
 from .plan import CHUNK, scan_segments
@@ -20,9 +20,19 @@ def _segments(batch: Any, heads: Any, meta: dict[str, Any]) -> tuple[Any, Any, A
     return (meta["SEGMENTS"] * meta["SLICES"], batch, heads)
 
 
+@inductor.SymbolicGridFn
+def _rows(batch: Any, heads: Any, length: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, Any, Any]:
+    return (cdiv(length, meta["BLOCK_M"]), batch, heads)
+
+
 _TEMPLATES = {
-    name: inductor.template(f"parallax_{name}", _segments, templates.load(name))
-    for name in ("scan_totals", "scan_product")
+    name: inductor.template(f"parallax_{name}", grid, templates.load(name))
+    for name, grid in (
+        ("scan_totals", _segments),
+        ("scan_product", _segments),
+        ("scan_states", _segments),
+        ("scan_systems", _rows),
+    )
 }
 
 
@@ -46,30 +56,30 @@ def _instantiate(
     written: dict[str, Any],
     layout: Any,
     switches: dict[str, Any],
-    grid: tuple[Any, Any],
+    grid: tuple[Any, ...],
     length: Any,
+    tf32: bool = False,
 ) -> Any:
-    """One kernel. Operands are ``X``, ``K``, ``V``; ``dense`` and ``written`` (results beside the first) may hold None."""
+    """One kernel. ``operands`` are read by their strides; ``dense`` and ``written`` (results but the first) may hold None."""
     device = operands["K"].get_device()
     guard = inductor.V.graph.sizevars.guard_int
-    width, value_width = guard(operands["K"].get_size()[3]), guard(operands["V"].get_size()[3])
+    width = guard(operands["K"].get_size()[3])
+    value_width = guard(operands["V"].get_size()[3]) if "V" in operands else width
     inputs = {name: _operand(node) for name, node in operands.items()}
     inputs |= {
-        name: _dense(node, torch.int32 if name == "STARTS" else torch.float32)
+        name: _dense(node, {"STARTS": torch.int32, "MATRIX": node.get_dtype()}.get(name, torch.float32))
         for name, node in dense.items()
         if node is not None
     }
     outputs = {name: allocate(given) for name, given in written.items() if given is not None}
-    dtypes = {node.get_dtype() for node in operands.values()}
-    low = torch.bfloat16 in dtypes
-    # float16 ends at 65504, which sums over a sequence pass: its numbers are multiplied as TF32, which has as many bits.
-    exact = "'tf32'" if torch.float16 in dtypes else precision()
+    dot, exact = _products(stage, tf32, {name: node.get_dtype() for name, node in operands.items()})
     found = candidates(
         stage,
         width=width,
         value_width=value_width,
-        itemsize=2 if low else 4,
-        has_probe=True,
+        itemsize=4 if dot == "tl.float32" else 2,
+        tf32=exact == "'tf32'",
+        row_tiles=1,
         shared_memory_limit=shared_memory_limit(device),
         options=None,
     )
@@ -95,7 +105,7 @@ def _instantiate(
             DV=value_width,
             D_PAD=padded(width),
             CHUNK=CHUNK,
-            DOT="tl.bfloat16" if low else "tl.float32",
+            DOT=dot,
             PRECISION=exact,
             HAS_STARTS="STARTS" in inputs,
             USE_TMA=False,
@@ -107,9 +117,31 @@ def _instantiate(
     return result, outputs
 
 
+def _products(stage: str, tf32: bool, dtypes: dict[str, torch.dtype]) -> tuple[str, str]:
+    """Dtype and precision of a kernel's products."""
+    # X, if wider, comes in two terms, and the right sides of systems are not multiplied.
+    found = {dtype for name, dtype in dtypes.items() if name not in ("X", "RIGHT")}
+    if found == {torch.bfloat16}:
+        return "tl.bfloat16", precision()
+    if found == {torch.float16} and stage != "scan_product":
+        return "tl.float16", precision()
+    # float16 ends at 65504, which sums over a sequence pass, and a solution in float32 beside 16-bit operands must not be
+    # rounded to theirs: both are multiplied as TF32, which has the bits of float16.
+    mixed = any(dtype.itemsize == 2 for dtype in dtypes.values())
+    return "tl.float32", "'tf32'" if tf32 or mixed else precision()
+
+
 @inductor.register_lowering(torch.ops.parallax.scan_totals.default, type_promotion_kind=None)
 def _lower_totals(
-    key: Any, value: Any, key_level: Any, value_level: Any, starts: Any, heads: int, segments: int, backward: bool
+    key: Any,
+    value: Any,
+    key_level: Any,
+    value_level: Any,
+    starts: Any,
+    heads: int,
+    segments: int,
+    backward: bool,
+    tf32: bool = False,
 ) -> Any:
     """Inductor's lowering of :data:`~.scan_products.scan_totals`."""
     layout, first, second = node_layouts()
@@ -133,6 +165,7 @@ def _lower_totals(
         },
         (batch, heads),
         length,
+        tf32,
     )
     return matrix, outputs["FIRST"], outputs["SECOND"]
 
@@ -181,7 +214,8 @@ def _lower_product(x: Any, key: Any, value: Any, inverse: Any, starts: Any, leve
             "WHOLE": whole,
             "INTERCEPT": intercept,
             "SCALED": role == "out",
-            "X_SPLIT": x.get_dtype() == torch.float32 and torch.bfloat16 in (key.get_dtype(), value.get_dtype()),
+            # A solution in float32 beside 16-bit values.
+            "X_SPLIT": role == "out" and x.get_dtype().itemsize > value.get_dtype().itemsize,
             "HAS_LEVEL": level is not None,
             "HAS_TOTALS": sums[0] is not None,
             "HAS_INITIAL": initial[0] is not None,
@@ -204,19 +238,123 @@ def _size(size: Any) -> Any:
     return int(size) if getattr(size, "is_number", isinstance(size, int)) else size
 
 
-_KERNELS = scan.Kernels(torch.ops.parallax.scan_totals, torch.ops.parallax.scan_product, scan_segments)
+@inductor.register_lowering(torch.ops.parallax.scan_states.default, type_promotion_kind=None)
+def _lower_states(
+    key: Any, starts: Any, total: Any, total_first: Any, initial: Any, initial_first: Any, dtype: torch.dtype
+) -> Any:
+    """Inductor's lowering of :data:`~.scan_solve.scan_states`."""
+    layout, units, first = node_layouts()
+    batch, heads, length, _ = key.get_size()
+    segments = 1 if total is None else inductor.V.graph.sizevars.guard_int(total.get_size()[2])
+    matrix, outputs = _instantiate(
+        "scan_states",
+        {"K": key},
+        {
+            "STARTS": starts,
+            "TOTAL": total,
+            "TOTAL_FIRST": total_first,
+            "INITIAL": initial,
+            "INITIAL_FIRST": initial_first,
+        },
+        {"UNITS": units, "FIRST": first},
+        layout,
+        {
+            "SEGMENTS": segments,
+            "TOTAL_SEGMENTS": segments,
+            "BACKWARD": False,
+            "TRANSPOSED": False,
+            "WHOLE": False,
+            "HAS_TOTALS": total is not None,
+            "HAS_INITIAL": initial is not None,
+            "HAS_KEY_LEVEL": False,
+            "HAS_VALUE_LEVEL": False,
+            "HAS_FIRST": True,
+            "HAS_SECOND": False,
+        },
+        (batch, heads),
+        length,
+    )
+    return matrix, outputs["UNITS"], outputs["FIRST"]
 
 
-def _lowered(direction: str) -> Callable[..., Any]:
-    """The lowering of an operator that is made of the kernels' two."""
+@inductor.register_lowering(torch.ops.parallax.scan_systems.default, type_promotion_kind=None)
+def _lower_systems(
+    right: Any,
+    key: Any,
+    ridge: Any,
+    inverse: Any,
+    starts: Any,
+    center: Any,
+    matrix: Any,
+    units: Any,
+    first: Any,
+    own: bool,
+    intercept: bool,
+    whole: bool,
+    tolerance: float,
+    max_iterations: int,
+) -> Any:
+    """Inductor's lowering of :data:`~.scan_solve.scan_systems`."""
+    layout, *row_layouts = node_layouts()
+    guard = inductor.V.graph.sizevars.guard_int
+    batch, heads, length, _ = right.get_size()
+    x, outputs = _instantiate(
+        "scan_systems",
+        {"RIGHT": right, "K": key},
+        {
+            "RIDGE": ridge,
+            "INVERSE": inverse,
+            "STARTS": starts,
+            "CENTER": center,
+            "MATRIX": matrix,
+            "UNITS": units,
+            "FIRST": first,
+        },
+        dict(zip(("ALONG", "ITERATIONS", "RESIDUAL"), row_layouts, strict=True)),
+        layout,
+        {
+            "GQA": guard(heads) // guard(key.get_size()[1]),
+            "OWN": own,
+            "INTERCEPT": intercept,
+            "WHOLE": whole,
+            "HAS_CENTER": center is not None,
+            # The reciprocal, because Inductor's description of a choice breaks at the minus of 1e-06.
+            "INVERSE_TOLERANCE": round(1.0 / tolerance),
+            "MAX_ITERATIONS": max_iterations,
+        },
+        (batch, heads, length),
+        length,
+    )
+    return x, *outputs.values()
+
+
+_SCAN_KERNELS = scan.Kernels(
+    torch.ops.parallax.scan_totals, torch.ops.parallax.scan_product, lambda *sizes: scan_segments(*sizes)
+)
+_SOLVE_KERNELS = scan_solve.Kernels(
+    _SCAN_KERNELS,
+    torch.ops.parallax.scan_states,
+    torch.ops.parallax.scan_systems,
+    # float16 has three bits more than bfloat16, and the sums have units of their own.
+    lambda dtype: torch.float16 if dtype.itemsize == 2 else torch.float32,
+)
+
+
+def _lowered(plain: Any, kernels: Any, direction: str) -> Callable[..., Any]:
+    """The lowering of an operator that is made of the kernels'."""
 
     def lower(*arguments: Any) -> Any:
         tensor = next(argument for argument in arguments if isinstance(argument, inductor.ir.IRNode))
-        kernels = scan.PLAIN if tensor.get_device().type == "cpu" else _KERNELS
-        return inline_in_lowering(getattr(kernels, direction), arguments)
+        chosen = plain if tensor.get_device().type == "cpu" else kernels
+        return inline_in_lowering(getattr(chosen, direction), arguments)
 
     return lower
 
 
-inductor.register_lowering(torch.ops.parallax.scan.default, type_promotion_kind=None)(_lowered("forward"))
-inductor.register_lowering(torch.ops.parallax.scan_backward.default, type_promotion_kind=None)(_lowered("backward"))
+for _op, _plain, _kernels, _direction in (
+    (torch.ops.parallax.scan, scan.PLAIN, _SCAN_KERNELS, "forward"),
+    (torch.ops.parallax.scan_backward, scan.PLAIN, _SCAN_KERNELS, "backward"),
+    (torch.ops.parallax.scan_solve, scan_solve.PLAIN, _SOLVE_KERNELS, "forward"),
+    (torch.ops.parallax.scan_solve_backward, scan_solve.PLAIN, _SOLVE_KERNELS, "backward"),
+):
+    inductor.register_lowering(_op.default, type_promotion_kind=None)(_lowered(_plain, _kernels, _direction))

@@ -33,23 +33,24 @@ from torch._C import DispatchKey
 
 from . import dense
 from .mod_graphs import differentiated_buffers
+from .mod_operator import COVARIANCE, MASK, SCORE, ModOperator, ModPlace, example_arguments, statistics_dtype
 from .torch_compat import (
-    HigherOrderOperator,
-    ProxyTorchDispatchMode,
     TransformGetItemToIndex,
-    UnsupportedAliasMutationException,
     create_fw_bw_graph,
-    functionalized_mutates,
-    redirect_checkpointing_modes,
-    register_dynamo_operator,
-    register_fake,
     save_values_for_backward,
     saved_values,
-    set_original_aten_op,
-    trace_mod,
-    track_tensor_tree,
-    validate_subgraph_args_types,
 )
+
+__all__ = [
+    "BlockMaskOperands",
+    "attention_backward",
+    "attention_forward",
+    "empty_in_layout_of",
+    "joint_graphs",
+    "once_differentiable",
+    "row_terms",
+    "statistics_dtype",
+]
 
 Mod = Callable[..., Any]
 
@@ -74,113 +75,6 @@ class BlockMaskOperands(NamedTuple):
     mask_mod: Any
 
 
-class AttentionForward(HigherOrderOperator):
-    """The forward of the core; see :func:`dense.forward` for the meaning of the arguments and results."""
-
-    def __init__(self) -> None:
-        super().__init__("parallax_attention", cacheable=True)
-
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        probe: Tensor | None,
-        score_mod: Mod,
-        covariance_mod: Mod,
-        block_mask: tuple,
-        scale: float,
-        intercept: bool,
-        save_value_mean: bool,
-        kernel_options: dict[str, Any],
-        score_mod_buffers: tuple = (),
-        covariance_mod_buffers: tuple = (),
-        mask_mod_buffers: tuple = (),
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Check the operands and dispatch."""
-        validate_subgraph_args_types((*score_mod_buffers, *covariance_mod_buffers, *mask_mod_buffers))
-        return super().__call__(
-            query,
-            key,
-            value,
-            probe,
-            score_mod,
-            covariance_mod,
-            block_mask,
-            scale,
-            intercept,
-            save_value_mean,
-            kernel_options,
-            score_mod_buffers,
-            covariance_mod_buffers,
-            mask_mod_buffers,
-        )
-
-
-class AttentionBackward(HigherOrderOperator):
-    """The backward of the core; see :func:`dense.backward` for the meaning of the arguments and results."""
-
-    def __init__(self) -> None:
-        super().__init__("parallax_attention_backward", cacheable=True)
-
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        probe: Tensor | None,
-        grad_out: Tensor,
-        lse: Tensor,
-        probe_mean: Tensor,
-        tau: Tensor,
-        beta: Tensor,
-        fw_graphs: tuple[Mod, Mod],
-        joint_graphs: tuple[Mod, Mod],
-        block_mask: tuple,
-        scale: float,
-        intercept: bool,
-        needs_grad: tuple[bool, bool, bool, bool],
-        kernel_options: dict[str, Any],
-        score_mod_buffers: tuple = (),
-        covariance_mod_buffers: tuple = (),
-        mask_mod_buffers: tuple = (),
-        score_grad_sum: Tensor | None = None,
-        probe_score_grad_sum: Tensor | None = None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, tuple, tuple]:
-        """Check the operands and dispatch."""
-        validate_subgraph_args_types((*score_mod_buffers, *covariance_mod_buffers, *mask_mod_buffers))
-        return super().__call__(
-            query,
-            key,
-            value,
-            probe,
-            grad_out,
-            lse,
-            probe_mean,
-            tau,
-            beta,
-            fw_graphs,
-            joint_graphs,
-            block_mask,
-            scale,
-            intercept,
-            needs_grad,
-            kernel_options,
-            score_mod_buffers,
-            covariance_mod_buffers,
-            mask_mod_buffers,
-            score_grad_sum,
-            probe_score_grad_sum,
-        )
-
-
-attention_forward = AttentionForward()
-attention_backward = AttentionBackward()
-
-attention_forward.py_impl(DispatchKey.CompositeExplicitAutograd)(dense.forward)
-attention_backward.py_impl(DispatchKey.CompositeExplicitAutograd)(dense.backward)
-
-
 # --- shapes ---------------------------------------------------------------------------------------------------------
 
 
@@ -195,12 +89,6 @@ def empty_in_layout_of(like: Tensor, width: int) -> Tensor:
     return like.new_empty(batch, heads, length, width)
 
 
-def statistics_dtype(query: Tensor) -> torch.dtype:
-    """LSE and row means are float32, and float64 for float64 inputs."""
-    return torch.float64 if query.dtype == torch.float64 else torch.float32
-
-
-@register_fake(attention_forward)
 def _forward_fake(
     query: Tensor,
     key: Tensor,
@@ -222,7 +110,6 @@ def _forward_fake(
     return out, value_mean, query.new_empty(rows, dtype=dtype), query.new_empty(rows, dtype=dtype)
 
 
-@register_fake(attention_backward)
 def _backward_fake(
     query: Tensor,
     key: Tensor,
@@ -245,6 +132,7 @@ def _backward_fake(
     mask_mod_buffers: tuple = (),
     score_grad_sum: Tensor | None = None,
     probe_score_grad_sum: Tensor | None = None,
+    adjoint: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, tuple, tuple]:
     grads = [
         empty_in_layout_of(tensor, tensor.size(-1)) if needed and tensor is not None else None
@@ -265,206 +153,22 @@ def _backward_fake(
     return (*grads, *map(buffer_grads, joint_graphs, captured))  # type: ignore[return-value]
 
 
-# --- tracing --------------------------------------------------------------------------------------------------------
+attention_forward = ModOperator("parallax_attention", dense.forward, _forward_fake, (SCORE, COVARIANCE, MASK))
+"""The forward of the core; see :func:`.dense.forward` for the meaning of the arguments and results."""
 
-
-def example_arguments(
-    query: Tensor, *, score: bool = True, grad: bool = False, requires_grad: bool = False
-) -> list[Tensor]:
-    """Scalar arguments of a mod: the score (float32, or float64), four indices, and the gradient of a joint graph."""
-    dtype = statistics_dtype(query)
-    values = [query.new_zeros((), dtype=dtype, requires_grad=requires_grad)] if score else []
-    values += [query.new_zeros((), dtype=torch.int) for _ in range(4)]
-    if grad:
-        values.append(query.new_zeros((), dtype=dtype))
-    return values
-
-
-def record_node(mode: Any, op: HigherOrderOperator, arguments: tuple, example: Any, graphs: dict[str, Any]) -> Any:
-    """Put a call of ``op`` into the graph being traced; ``graphs`` are its traced mods, ``example`` its fake results."""
-    from . import register_lowerings
-
-    register_lowerings()  # an exported program reaches Inductor without passing through our Dynamo hook
-    for name, graph in graphs.items():
-        mode.tracer.root.register_module(mode.tracer.get_fresh_qualname(name), graph)
-    proxies = pytree.tree_map(mode.tracer.unwrap_proxy, arguments)
-    with set_original_aten_op(op):
-        proxy = mode.tracer.create_proxy("call_function", op, proxies, {})
-    return track_tensor_tree(example, proxy, constant=None, tracer=mode.tracer)
-
-
-@attention_forward.py_impl(ProxyTorchDispatchMode)
-def _forward_proxy(
-    mode: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    probe: Tensor | None,
-    score_mod: Mod,
-    covariance_mod: Mod,
-    block_mask: tuple,
-    scale: float,
-    intercept: bool,
-    save_value_mean: bool,
-    kernel_options: dict[str, Any],
-    score_mod_buffers: tuple = (),
-    covariance_mod_buffers: tuple = (),
-    mask_mod_buffers: tuple = (),
-) -> Any:
-    tensors, switches = (query, key, value, probe), (scale, intercept, save_value_mean, kernel_options)
-    buffers = (score_mod_buffers, covariance_mod_buffers, mask_mod_buffers)
-    example = attention_forward(*tensors, score_mod, covariance_mod, block_mask, *switches, *buffers)
-    requires_grad = query.requires_grad
-    score = trace_mod(score_mod, *example_arguments(query, requires_grad=requires_grad), *score_mod_buffers)
-    covariance = trace_mod(
-        covariance_mod, *example_arguments(query, requires_grad=requires_grad), *covariance_mod_buffers
-    )
-    mask = trace_mod(block_mask[-1], *example_arguments(query, score=False), *mask_mod_buffers)
-    arguments = (*tensors, score, covariance, (*block_mask[:-1], mask), *switches, *buffers)
-    graphs = {"score_mod": score, "covariance_mod": covariance, "mask_mod": mask}
-    return record_node(mode, attention_forward, arguments, example, graphs)
-
-
-@attention_backward.py_impl(ProxyTorchDispatchMode)
-def _backward_proxy(
-    mode: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    probe: Tensor | None,
-    grad_out: Tensor,
-    lse: Tensor,
-    probe_mean: Tensor,
-    tau: Tensor,
-    beta: Tensor,
-    fw_graphs: tuple[Mod, Mod],
-    joint_graphs: tuple[Mod, Mod],
-    block_mask: tuple,
-    scale: float,
-    intercept: bool,
-    needs_grad: tuple[bool, bool, bool, bool],
-    kernel_options: dict[str, Any],
-    score_mod_buffers: tuple = (),
-    covariance_mod_buffers: tuple = (),
-    mask_mod_buffers: tuple = (),
-    score_grad_sum: Tensor | None = None,
-    probe_score_grad_sum: Tensor | None = None,
-) -> Any:
-    tensors = (query, key, value, probe, grad_out, lse, probe_mean, tau, beta)
-    switches = (scale, intercept, needs_grad, kernel_options)
-    buffers = (score_mod_buffers, covariance_mod_buffers, mask_mod_buffers)
-    sums = (score_grad_sum, probe_score_grad_sum)
-    example = attention_backward(*tensors, fw_graphs, joint_graphs, block_mask, *switches, *buffers, *sums)
-    mod_buffers = buffers[:2]
-    forward = tuple(
-        trace_mod(graph, *example_arguments(query, requires_grad=True), *captured)
-        for graph, captured in zip(fw_graphs, mod_buffers, strict=True)
-    )
-    joint = tuple(
-        trace_mod(graph, *example_arguments(query, requires_grad=True, grad=True), *captured)
-        for graph, captured in zip(joint_graphs, mod_buffers, strict=True)
-    )
-    mask = trace_mod(block_mask[-1], *example_arguments(query, score=False), *mask_mod_buffers)
-    graphs = {
-        "score_mod": forward[0],
-        "covariance_mod": forward[1],
-        "score_mod_joint": joint[0],
-        "covariance_mod_joint": joint[1],
-        "mask_mod": mask,
-    }
-    arguments = (*tensors, forward, joint, (*block_mask[:-1], mask), *switches, *buffers, *sums)
-    return record_node(mode, attention_backward, arguments, example, graphs)
-
-
-@attention_forward.py_functionalize_impl
-def _forward_functionalize(
-    ctx: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    probe: Tensor | None,
-    score_mod: Mod,
-    covariance_mod: Mod,
-    block_mask: tuple,
-    scale: float,
-    intercept: bool,
-    save_value_mean: bool,
-    kernel_options: dict[str, Any],
-    score_mod_buffers: tuple = (),
-    covariance_mod_buffers: tuple = (),
-    mask_mod_buffers: tuple = (),
-) -> Any:
-    tensors = ctx.unwrap_tensors((query, key, value, probe))
-    block_mask = ctx.unwrap_tensors(block_mask)
-    buffers = [ctx.unwrap_tensors(b) for b in (score_mod_buffers, covariance_mod_buffers, mask_mod_buffers)]
-    with ctx.redispatch_to_next():
-        for name, mod, captured in (
-            ("score_mod", score_mod, buffers[0]),
-            ("covariance_mod", covariance_mod, buffers[1]),
-        ):
-            if functionalized_mutates(ctx, mod, [*example_arguments(tensors[0]), *captured]):
-                raise UnsupportedAliasMutationException(f"{name} writes into a tensor; mods must be pure functions")
-        out = attention_forward(  # type: ignore[call-arg]
-            *tensors,
-            ctx.functionalize(score_mod),
-            ctx.functionalize(covariance_mod),
-            (*block_mask[:-1], ctx.functionalize(block_mask[-1])),
-            scale,
-            intercept,
-            save_value_mean,
-            kernel_options,
-            *buffers,
-        )
-    return ctx.wrap_tensors(out)
-
-
-@attention_backward.py_functionalize_impl
-def _backward_functionalize(
-    ctx: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    probe: Tensor | None,
-    grad_out: Tensor,
-    lse: Tensor,
-    probe_mean: Tensor,
-    tau: Tensor,
-    beta: Tensor,
-    fw_graphs: tuple[Mod, Mod],
-    joint_graphs: tuple[Mod, Mod],
-    block_mask: tuple,
-    scale: float,
-    intercept: bool,
-    needs_grad: tuple[bool, bool, bool, bool],
-    kernel_options: dict[str, Any],
-    score_mod_buffers: tuple = (),
-    covariance_mod_buffers: tuple = (),
-    mask_mod_buffers: tuple = (),
-    score_grad_sum: Tensor | None = None,
-    probe_score_grad_sum: Tensor | None = None,
-) -> Any:
-    tensors = ctx.unwrap_tensors((query, key, value, probe, grad_out, lse, probe_mean, tau, beta))
-    block_mask = ctx.unwrap_tensors(block_mask)
-    sums = ctx.unwrap_tensors((score_grad_sum, probe_score_grad_sum))
-    buffers = [ctx.unwrap_tensors(b) for b in (score_mod_buffers, covariance_mod_buffers, mask_mod_buffers)]
-    with ctx.redispatch_to_next():
-        grads = attention_backward(  # type: ignore[call-arg]
-            *tensors,
-            tuple(map(ctx.functionalize, fw_graphs)),
-            tuple(map(ctx.functionalize, joint_graphs)),
-            (*block_mask[:-1], ctx.functionalize(block_mask[-1])),
-            scale,
-            intercept,
-            needs_grad,
-            kernel_options,
-            *buffers,
-            *sums,
-        )
-    return ctx.wrap_tensors(grads)
-
-
-for _op in (attention_forward, attention_backward):
-    redirect_checkpointing_modes(_op)
+attention_backward = ModOperator(
+    "parallax_attention_backward",
+    dense.backward,
+    _backward_fake,
+    (
+        ModPlace("score_mod", "fw_graphs", 0, "score_mod_buffers", "forward"),
+        ModPlace("covariance_mod", "fw_graphs", 1, "covariance_mod_buffers", "forward"),
+        ModPlace("score_mod", "joint_graphs", 0, "score_mod_buffers", "joint"),
+        ModPlace("covariance_mod", "joint_graphs", 1, "covariance_mod_buffers", "joint"),
+        MASK,
+    ),
+)
+"""The backward of the core; see :func:`.dense.backward` for the meaning of the arguments and results."""
 
 
 # --- autograd -------------------------------------------------------------------------------------------------------
@@ -602,9 +306,10 @@ class _AttentionAutograd(torch.autograd.Function):
         return (*grads, *(None,) * 9, *score_grads, *covariance_grads)
 
 
-def _joint_graphs(
+def joint_graphs(
     query: Tensor, mods: tuple[Mod, Mod], buffers: tuple[tuple, tuple]
 ) -> tuple[tuple[Mod, Mod], tuple[Mod, Mod]]:
+    """The mods to run again in a backward, and the joint graphs that differentiate them."""
     example: Any = tuple(example_arguments(query, requires_grad=True))
     pairs = [create_fw_bw_graph(mod, example, captured) for mod, captured in zip(mods, buffers, strict=True)]
     return (pairs[0][0], pairs[1][0]), (_with_score_gradient(pairs[0][1]), _with_score_gradient(pairs[1][1]))
@@ -642,7 +347,7 @@ def _forward_autograd(
     joint = None
     with TransformGetItemToIndex():
         if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in differentiable):
-            mods, joint = _joint_graphs(query, mods, (score_mod_buffers, covariance_mod_buffers))
+            mods, joint = joint_graphs(query, mods, (score_mod_buffers, covariance_mod_buffers))
         return _AttentionAutograd.apply(
             query,
             key,
@@ -675,34 +380,27 @@ class _NoDoubleBackward(torch.autograd.Function):
         )
 
 
-@attention_backward.py_impl(DispatchKey.Autograd)
-def _backward_autograd(*arguments: Any) -> Any:
+def once_differentiable(op: ModOperator, arguments: tuple) -> Any:
+    """Call an operator that a backward uses; what differentiates its results raises."""
     with torch._C._AutoDispatchBelowAutograd():
-        grads = attention_backward(*arguments)
+        grads = op(*arguments)
     flat, spec = pytree.tree_flatten(grads)
-    tensors = [grad for grad in flat if isinstance(grad, Tensor)]
+    floating = [isinstance(grad, Tensor) and grad.is_floating_point() for grad in flat]
+    tensors = [grad for grad, is_floating in zip(flat, floating, strict=True) if is_floating]
     tracked = iter(
         _NoDoubleBackward.apply(*tensors) if torch.is_grad_enabled() and _any_requires_grad(arguments) else tensors
     )
-    return pytree.tree_unflatten([next(tracked) if isinstance(grad, Tensor) else grad for grad in flat], spec)
+    mixed = [next(tracked) if is_floating else grad for grad, is_floating in zip(flat, floating, strict=True)]
+    return pytree.tree_unflatten(mixed, spec)
+
+
+@attention_backward.py_impl(DispatchKey.Autograd)
+def _backward_autograd(*arguments: Any) -> Any:
+    return once_differentiable(attention_backward, arguments)
 
 
 def _any_requires_grad(arguments: tuple) -> bool:
     return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in pytree.tree_leaves(arguments))
 
 
-# --- Dynamo ---------------------------------------------------------------------------------------------------------
-
-
-def _before_trace() -> None:
-    from . import register_lowerings
-
-    register_lowerings()
-
-
-register_dynamo_operator(
-    attention_forward,
-    mods={4: "score_mod", 5: "score_mod", 6: "mask_fn"},
-    names={4: "score_mod", 5: "covariance_mod", 6: "mask_mod"},
-    on_trace=_before_trace,
-)
+attention_forward.register_dynamo()

@@ -164,9 +164,11 @@ def make_plan(problem: Problem) -> Plan:
     if problem.scans:
         return Plan(problem, tuple(_scan(problem)))
     algorithm: Algorithm = "streaming" if problem.device != "cpu" else "row chunks"
-    stages = [*_probe_stages(problem), _forward(problem, algorithm)]
+    if problem.solved:
+        return Plan(problem, tuple(_solved(problem, algorithm)))
+    stages = [*_gradient_steps(problem), _forward(problem, algorithm)]
     if problem.needs_grad is not None:
-        stages += [*_backward(problem, algorithm), *_probe_backward(problem)]
+        stages += [*_backward(problem, algorithm), *_gradient_steps_backward(problem)]
     return Plan(problem, tuple(stages))
 
 
@@ -181,13 +183,9 @@ def _scan(problem: Problem) -> list[Stage]:
     def product(direction: Direction, reads: tuple[str, ...], written: str, reason: str) -> Stage:
         return Stage("scan_product", "chunked scan", direction, (1, 1), reads, (written,), reason, chunk_and_sums)
 
-    def linear(stages: list[Stage]) -> list[Stage]:
-        # The systems themselves are still solved over the visited keys.
-        return [stage if stage.name == "core_solve" else replace(stage, keys=chunk_and_sums) for stage in stages]
-
     forward = ("key", "value", *_probe(problem, "probe"))
     stages = [
-        *linear(_probe_stages(problem)),
+        *(_systems(problem, "forward", chunk_and_sums) if problem.solved else _gradient_steps(problem, chunk_and_sums)),
         totals("forward", "key", "value"),
         product("forward", forward, "out", "infinite bandwidth over a prefix: linear in the length"),
     ]
@@ -205,50 +203,94 @@ def _scan(problem: Problem) -> list[Stage]:
         stages.append(product("backward", reads, "grad_value", "value needs a gradient: the sums run backwards"))
     if need_key:
         stages.append(product("backward", reads, "grad_key", "key needs a gradient: the sums run backwards"))
-    return [*stages, *linear(_probe_backward(problem))]
+    if not problem.solved:
+        return [*stages, *_gradient_steps_backward(problem, chunk_and_sums)]
+    stages += [*_systems(problem, "backward", chunk_and_sums), totals("backward", "query", "probe")]
+    reads = ("key", "query", "probe")
+    return [*stages, *[product("backward", reads, "grad_key", "of the systems' matrices")] * 2]
 
 
-def _probe_stages(problem: Problem) -> list[Stage]:
-    if problem.solved:
-        return [_solve(problem, "forward", "the probe of each row by its ridge system, which is never formed")]
-    if problem.probe_steps:
-        # The first step starts from 0: no probe score, and one product with the keys.
-        products = (problem.probe_steps - 1) * (problem.score_products + 2) + problem.score_products
-        reason = f"{problem.probe_steps} steps, each the core with the keys in the values' place"
-        reads, writes = ("query", "key"), ("probe",)
-        return [Stage("gradient_steps", "gradient steps", "forward", (products, 0), reads, writes, reason)]
-    return []
+def _systems(problem: Problem, direction: Direction, keys: int) -> list[Stage]:
+    """The stages that solve the rows' systems where the sums run."""
+    reads = ("query", "key", "states") if direction == "forward" else ("grad_probe", "key", "states")
+    sums = "the sums of each segment, and the sums before each chunk, which its systems share"
+    steps = "linear in the length: a step meets the keys of the row's chunk, and the others as D rows of their sums"
+    if direction == "backward":
+        steps = "implicit differentiation: the same systems for the probe's gradient"
+    written = ("probe",) if direction == "forward" else ("grad_query",)
+    return [
+        Stage("scan_totals", "chunked scan", direction, (1, 0), ("key",), (), sums, problem.width),
+        Stage("scan_states", "chunked scan", direction, (1, 0), ("key",), ("states",), sums, problem.width),
+        # Of a step's two products one meets the chunk twice and the sums once: about as much as one product of both.
+        Stage(
+            "scan_systems",
+            "conjugate gradients",
+            direction,
+            (problem.probe_steps, 0),
+            reads,
+            written,
+            steps,
+            keys + CHUNK,
+        ),
+    ]
 
 
-def _probe_backward(problem: Problem) -> list[Stage]:
-    if problem.solved:
-        return [
-            _solve(problem, "backward", "implicit differentiation: the same systems for the probe's gradient"),
-            Stage(
-                name="solution_product",
-                algorithm="streaming",
-                direction="backward",
-                products=(problem.score_products + 2 + 2 * problem.score_products + 7, 0),
-                reads=("query", "key", "probe"),
-                writes=("grad_query", "grad_key"),
-                reason="one product at the solution, forward and back, whatever the iterations took",
-            ),
-        ]
-    if problem.probe_steps:
-        products = problem.probe_steps * (2 * problem.score_products + 7)
-        reads, writes = ("query", "key", "probe", "grad_probe"), ("grad_query", "grad_key")
-        reason = "back through the steps"
-        return [Stage("gradient_steps", "gradient steps", "backward", (products, 0), reads, writes, reason)]
-    return []
+def _gradient_steps(problem: Problem, keys: int | None = None) -> list[Stage]:
+    if not problem.probe_steps:
+        return []
+    # The first step starts from 0: no probe score, and one product with the keys.
+    products = (problem.probe_steps - 1) * (problem.score_products + 2) + problem.score_products
+    reason = f"{problem.probe_steps} steps, each the core with the keys in the values' place"
+    reads, writes = ("query", "key"), ("probe",)
+    return [Stage("gradient_steps", "gradient steps", "forward", (products, 0), reads, writes, reason, keys)]
 
 
-def _solve(problem: Problem, direction: Direction, reason: str) -> Stage:
-    scores = int(not problem.uniform)
-    products = scores + 1 + problem.probe_steps * (scores + 2)
-    reads, writes = (
-        (("query", "key"), ("probe",)) if direction == "forward" else (("query", "key", "probe"), ("grad_probe",))
-    )
-    return Stage("core_solve", "conjugate gradients", direction, (products, 0), reads, writes, reason)
+def _gradient_steps_backward(problem: Problem, keys: int | None = None) -> list[Stage]:
+    if not problem.probe_steps:
+        return []
+    products = problem.probe_steps * (2 * problem.score_products + 7)
+    reads, writes = ("query", "key", "probe", "grad_probe"), ("grad_query", "grad_key")
+    reason = "back through the steps"
+    return [Stage("gradient_steps", "gradient steps", "backward", (products, 0), reads, writes, reason, keys)]
+
+
+def _solved(problem: Problem, algorithm: Algorithm) -> list[Stage]:
+    """Solved probes: the solve makes the output too, and one backward serves the output and the systems.
+
+    A covariance_mod acts after the solve: there the core makes the output, and differentiates it by itself.
+    """
+    scores, apart = int(not problem.uniform), problem.covariance_mod
+    steps = problem.probe_steps * (scores + 2)
+    # The mean key and what is made of the solution take its terms one by one.
+    mean, output = scores + 2, (0, 0) if apart else (scores + 2, 1)
+    forward = Stage(
+        "core_solve", "conjugate gradients", "forward", (mean + steps + output[0], output[1]),
+        ("query", "key", *(() if apart else ("value",))), ("probe", "lse", *(() if apart else ("probe_mean", "out"))),
+        "the probe of each row by its ridge system, which is never formed"
+        + ("" if apart else "; then its output: one product, because LSE and t are known"),
+    )  # fmt: skip
+    stages = [forward, _forward(problem, algorithm)] if apart else [forward]
+    if problem.needs_grad is None:
+        return stages
+    if apart:
+        stages += _backward(problem, algorithm)
+    adjoint = Stage(
+        "core_solve", "conjugate gradients", "backward", (mean + steps + output[0], output[1]),
+        ("query", "key", "probe", *(() if apart else ("value", "grad_out"))), ("grad_probe", "tau", "beta"),
+        "implicit differentiation: the same systems for the probe's gradient, and the exact row terms",
+    )  # fmt: skip
+    kernels = [stage for stage in _backward(problem, algorithm) if stage.name != "row_terms"]
+    together = "; with the adjoint beside the values, which is the gradient through the systems"
+    return [
+        *stages,
+        adjoint,
+        *(
+            # The probe in a second term, and the adjoint in two, each once more for the keys.
+            replace(stage, products=(stage.products[0] + (3 if "query" in stage.name else 6), stage.products[1]),
+                    reads=(*stage.reads, "grad_probe"), reason=stage.reason + together)
+            for stage in kernels
+        ),
+    ]  # fmt: skip
 
 
 def _probe(problem: Problem, *names: str) -> tuple[str, ...]:
@@ -343,6 +385,8 @@ def _elements(problem: Problem, name: str) -> int:
     keys = problem.batch * problem.kv_heads * problem.kv_length
     if name in _ROWS:
         return rows
+    if name == "states":
+        return keys // CHUNK * problem.width**2
     if name in ("out", "grad_out", "value_mean"):
         return rows * problem.value_width
     side = {"query": rows, "probe": rows, "key": keys, "value": keys}[name.removeprefix("grad_")]

@@ -1,9 +1,9 @@
 """Probes that a stage computes in front of the core: solved and gradient (FAMILY, "The solved probe").
 
-Both are written over the core itself. Its own output with the keys in the values' place is the matrix-vector product of the
-rows' systems: with intercept ``core(value=key, probe=x) = mean key - C x``, without ``core(value=key, probe=x) = S x``. That
-the core is differentiable gives both probes their gradients: a gradient probe's flow through its steps, a solved probe's
-through one more matrix-vector product at the solution, which is where implicit differentiation needs it.
+Gradient probes are written over the core itself. Its own output with the keys in the values' place is the matrix-vector product
+of the rows' systems: with intercept ``core(value=key, probe=x) = mean key - C x``, without ``core(value=key, probe=x) = S x``.
+That the core is differentiable gives them their gradient, through the steps. Solved probes have operators of their own:
+:mod:`.solve`, and :mod:`.scan_solve` where the sums run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import scan
+from . import scan, scan_solve
 from .operator import attention_forward, statistics_dtype
 from .solve import attention_solve
 
@@ -47,6 +47,15 @@ class ProbeStage(NamedTuple):
     probe: Tensor
     iterations: Tensor
     residual: Tensor
+
+
+class Solution(NamedTuple):
+    """A solved probe, and what its stage makes with it: the output (empty without values), LSE and ``t``, ``[B, Hq, Lq]``."""
+
+    stage: ProbeStage
+    out: Tensor
+    lse: Tensor
+    mean: Tensor
 
 
 def _identity(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -107,28 +116,30 @@ def ridge_of_rows(query: Tensor, key: Tensor, ridge: Tensor | float, ridge_scale
     return lam * torch.exp(-torch.where(lse.isinf(), 0.0, lse))
 
 
-def solved(query: Tensor, key: Tensor, lam: Tensor, weights: Weights, intercept: bool) -> ProbeStage:
-    """The probe that solves each row's ridge regression; gradients by implicit differentiation."""
-    # The solver rounds to the operands' dtype in every step, and float16 has three bits more than bfloat16. Queries and keys
-    # fit exactly: up to 65504, which they do not reach.
-    operands = torch.float16 if query.dtype == torch.bfloat16 else query.dtype
-    q, k, ridge = query.detach().to(operands), key.detach().to(operands), lam.detach()
-    solver = {
-        **weights.kernel_options,
-        "tolerance": TOLERANCE[query.dtype],
-        "max_iterations": MAX_ITERATIONS_PER_WIDTH * query.size(3),
-    }
+def solved(
+    query: Tensor, key: Tensor, value: Tensor | None, lam: Tensor, weights: Weights, intercept: bool, most: int | None
+) -> Solution:
+    """The probe that solves each row's ridge regression, and the output with it; gradients by implicit differentiation.
 
-    def solve(right: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        score_mod, block_mask, scale = weights[:3]
-        return attention_solve(q, k, right, known, ridge, score_mod, block_mask, scale, intercept, solver)
+    Args:
+        value: ``[B, Hkv, Lk, Dv]``; None where the output is made elsewhere.
+        most: steps at most, or None.
+    """
+    most = MAX_ITERATIONS_PER_WIDTH * query.size(3) if most is None else most
+    solver = {**weights.kernel_options, "tolerance": TOLERANCE[query.dtype], "max_iterations": most}
+    score_mod, block_mask, scale = weights[:3]
+    x, out, lse, mean, iterations, residual = attention_solve(
+        query, key, value, lam, None, None, None, None, score_mod, block_mask, scale, intercept, solver
+    )
+    return Solution(ProbeStage(x, iterations, residual), out, lse, mean)
 
-    found, iterations, residual = solve(None, None)
-    found = found.detach()
-    # The probe is found + M^-1 (b - M found). The second term is 0 but for the rounding of the product, so that its value is
-    # left out; its gradient is all of the probe's.
-    probe, _, _ = solve(_error(query, key, found, lam, weights, intercept), found)
-    return ProbeStage(probe, iterations, residual)
+
+def summed(query: Tensor, key: Tensor, lam: Tensor, weights: Weights, intercept: bool, most: int | None) -> ProbeStage:
+    """The probe of :func:`solved` where the weights are uniform and the sums run along the sequence."""
+    assert weights.prefix is not None
+    most = MAX_ITERATIONS_PER_WIDTH * query.size(3) if most is None else most
+    where = (weights.prefix, intercept, weights.initial)
+    return ProbeStage(*scan_solve.solve(query, key, lam, *where, TOLERANCE[query.dtype], most))
 
 
 def gradient(

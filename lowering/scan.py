@@ -93,11 +93,11 @@ class Kernels:
             cache_salt: not used here; see :data:`~.cache_key.CACHE_SALT`.
 
         Returns:
-            ``out [B, Hq, Lq, Dv]`` in key's dtype, ``t [B, Hq, Lq]``, and the state after the sequence; empty where
+            ``out [B, Hq, Lq, Dv]`` in value's dtype, ``t [B, Hq, Lq]``, and the state after the sequence; empty where
             it was not asked for.
         """
-        sums = self._totals_of(key, value, None, None, starts, key.size(1), False, whole)
-        switches = ("out", intercept, moment, save_state, whole, key.dtype)
+        sums = self.totals_of(key, value, None, None, starts, key.size(1), False, whole)
+        switches = ("out", intercept, moment, save_state, whole, value.dtype)
         return self.product(probe, key, value, inverse, starts, None, *sums, matrix, first, second, *switches)
 
     def backward(
@@ -138,7 +138,7 @@ class Kernels:
         key_level, value_level = level, 1.0 + mean if intercept else None
 
         if need_probe or (intercept and (need_key or need_state)):
-            sums = self._totals_of(key, value, None, None, starts, heads, False, whole)
+            sums = self.totals_of(key, value, None, None, starts, heads, False, whole)
             dprobe, level_found, *_ = self.product(
                 grad, value, key, inverse, starts, level, *sums, matrix, first, second,
                 "probe", intercept, False, False, whole, probe.dtype,
@@ -149,7 +149,7 @@ class Kernels:
         final: Sums = NO_SUMS
         if grad_matrix is not None:
             final = (-grad_matrix if intercept else grad_matrix, grad_first, grad_second)
-        sums = self._totals_of(probe, grad, key_level, value_level, starts, heads, True, whole)
+        sums = self.totals_of(probe, grad, key_level, value_level, starts, heads, True, whole)
         if need_value or need_state:
             dvalue, _, dmatrix, _, dsecond = self.product(
                 key, probe, grad, inverse, starts, value_level, *sums, *final,
@@ -163,7 +163,7 @@ class Kernels:
             )  # fmt: skip
         return dprobe, dkey, dvalue, dmatrix, dfirst, dsecond
 
-    def _totals_of(
+    def totals_of(
         self,
         key: Tensor,
         value: Tensor,
@@ -173,11 +173,13 @@ class Kernels:
         heads: int,
         backward: bool,
         whole: bool,
+        tf32: bool = False,
     ) -> Sums:
+        """The sums of each segment, or none where one segment needs none."""
         segments = self.segments(key.size(0), heads, key.size(2))
         if segments == 1 and not whole:
             return NO_SUMS
-        return self.totals(key, value, key_level, value_level, starts, heads, segments, backward)
+        return self.totals(key, value, key_level, value_level, starts, heads, segments, backward, tf32)
 
 
 def _no_gradients(like: Tensor, dtype: torch.dtype) -> list[Tensor]:
@@ -198,7 +200,7 @@ def _(
     register_lowerings()  # whoever traces a call comes here
     intercept, moment, save_state, whole, _ = rest[-5:]
     return scan_product(
-        probe, key, value, rest[0], None, None, *(None,) * 6, "out", intercept, moment, save_state, whole, key.dtype
+        probe, key, value, rest[0], None, None, *(None,) * 6, "out", intercept, moment, save_state, whole, value.dtype
     )
 
 
@@ -231,7 +233,7 @@ def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple:
     probe, key, value, inverse, starts, *initial, mean = ctx.saved_tensors
     grad_out, grad_mean, *grad_state = grads
     if grad_out is None:
-        grad_out = key.new_zeros((*probe.shape[:3], value.size(3)))
+        grad_out = value.new_zeros((*probe.shape[:3], value.size(3)))
     if any(grad is not None for grad in grad_state):
         shapes = [
             (*key.shape[:2], key.size(3), value.size(3)),
@@ -293,7 +295,7 @@ def attention(
         save_state: whether the sums that end with the last key are wanted.
     """
     wide = statistics_dtype(key)
-    count = _counts(prefix, query.size(2), key, initial)
+    count = counts(prefix, query.size(2), key, initial)
     lse = count.log()[:, None].expand(query.shape[:3]).contiguous()
     zero = probe is None
     if zero:
@@ -306,7 +308,9 @@ def attention(
             initial = initial._replace(key_value=none[0], key_sum=none[1])
     # The covariance does not see a shift of the keys, and what is rounded gets smaller: FAMILY, "Centre the probe score".
     center = key.detach()[:, :, :CHUNK].to(wide).mean(2, keepdim=True) if intercept and not zero else None
-    centred = key if center is None else (key.to(wide) - center).to(key.dtype)
+    centred = key if center is None else key.to(wide) - center
+    if probe.dtype == key.dtype:  # beside a solution in float32 the keys are not rounded again: its products are large
+        centred = centred.to(key.dtype)
     sums: Sums = NO_SUMS if initial is None else (initial.key_value, initial.key_sum, initial.value_sum)
     if center is not None and initial is not None:
         assert initial.key_value is not None
@@ -345,7 +349,7 @@ def final_products(key: Tensor, prefix: Prefix, initial: State | None) -> Tensor
     return found + torch.where(prefix.starts[:, -1] == 0, 1.0, 0.0)[:, None, None, None] * initial.key_key
 
 
-def _counts(prefix: Prefix, length: Any, key: Tensor, initial: State | None) -> Tensor:
+def counts(prefix: Prefix, length: Any, key: Tensor, initial: State | None) -> Tensor:
     """Keys of each row, ``[B or 1, Lq]``."""
     wide = statistics_dtype(key)
     before = None if initial is None else initial.count.to(wide)[:, None]

@@ -53,7 +53,7 @@ Sums = tuple[Tensor | None, Tensor | None, Tensor | None]
 NO_SUMS: Sums = (None, None, None)
 
 
-class _Chunks:
+class Chunks:
     """Where the chunks of a sequence lie, and what of it each row and each chunk's state may see."""
 
     def __init__(self, length: Any, chunk: Any, count: Any, starts: Tensor | None, backward: bool, device: Any) -> None:
@@ -122,7 +122,7 @@ class _Chunks:
         return after.clamp(max=self.length) - 1
 
 
-def _chunked(tensor: Tensor, heads: int, chunk: Any, count: Any, dtype: torch.dtype) -> Tensor:
+def chunked(tensor: Tensor, heads: int, chunk: Any, count: Any, dtype: torch.dtype) -> Tensor:
     """``[B, H, L, ...]`` as ``[B, heads, H / heads, N, C, ...]`` of ``dtype``, filled up with zeros."""
     missing = count * chunk - tensor.size(2)
     filler = tensor.new_zeros((*tensor.shape[:2], missing, *tensor.shape[3:]))
@@ -138,7 +138,7 @@ def _masked(tensor: Tensor, keep: Tensor | None) -> Tensor:
     return torch.where(keep[..., None] if tensor.dim() == 6 else keep, tensor, 0.0)
 
 
-def _chunk_sums(
+def chunk_sums(
     key: Tensor, value: Tensor, first: Any, second: Any, keep: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``matrix, first, second`` of each chunk, summed over the heads of a group; the levels are tensors or 1."""
@@ -160,6 +160,7 @@ def totals(
     heads: int,
     segments: int,
     backward: bool,
+    tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sums of each segment.
 
@@ -169,6 +170,7 @@ def totals(
         starts: see :class:`Prefix`.
         segments: how many; of ``ceil(ceil(L / CHUNK) / segments)`` chunks each, the last ones possibly empty.
         backward: whether the state runs from the end.
+        tf32: whether float32 stands for 16-bit inputs here, so that a kernel may multiply it as TF32.
 
     Returns:
         ``matrix [B, heads, segments, D, Dv]``, ``first [B, heads, segments, D]``, ``second [B, heads, segments, Dv]`` in the
@@ -176,13 +178,13 @@ def totals(
     """
     dtype, length = statistics_dtype(key), key.size(2)
     rows = ((length + CHUNK - 1) // CHUNK + segments - 1) // segments * CHUNK
-    chunks = _Chunks(length, rows, segments, starts, backward, key.device)
-    parts = [_chunked(tensor, heads, rows, segments, dtype) for tensor in (key, value)]
+    chunks = Chunks(length, rows, segments, starts, backward, key.device)
+    parts = [chunked(tensor, heads, rows, segments, dtype) for tensor in (key, value)]
     levels: list[Any] = [
-        int(not backward) if level is None else _chunked(level, heads, rows, segments, dtype)
+        int(not backward) if level is None else chunked(level, heads, rows, segments, dtype)
         for level in (key_level, value_level)
     ]
-    return _chunk_sums(parts[0], parts[1], levels[0], levels[1], chunks.kept())
+    return chunk_sums(parts[0], parts[1], levels[0], levels[1], chunks.kept())
 
 
 def product(
@@ -230,8 +232,8 @@ def product(
     heads = min(x.size(1), key.size(1))
     chunk = length if whole else _CPU_CHUNK
     count = 1 if whole else (length + chunk - 1) // chunk
-    chunks = _Chunks(length, chunk, count, starts, backward, key.device)
-    xs = _chunked(x, heads, chunk, count, wide)
+    chunks = Chunks(length, chunk, count, starts, backward, key.device)
+    xs = chunked(x, heads, chunk, count, wide)
 
     def flip(sums: Any) -> Any:
         return (sums[0] if sums[0] is None else sums[0].mT, sums[2], sums[1]) if transposed else tuple(sums)
@@ -243,9 +245,9 @@ def product(
         states = [s if i is None else s + i[:, :, None] for s, i in zip(states, initial, strict=True)]
         final = [state[:, :, 0] for state in states]
     else:
-        ks, vs = (_chunked(tensor, heads, chunk, count, wide) for tensor in (key, value))
-        column = _chunked(level, heads, chunk, count, wide) if backward and level is not None else None
-        sums = _chunk_sums(ks, vs, 1, int(not backward) if column is None else column, chunks.kept())
+        ks, vs = (chunked(tensor, heads, chunk, count, wide) for tensor in (key, value))
+        column = chunked(level, heads, chunk, count, wide) if backward and level is not None else None
+        sums = chunk_sums(ks, vs, 1, int(not backward) if column is None else column, chunks.kept())
         held, holds_initial = chunks.carried()
         states, final = [], []
         last, last_initial = chunks.final()
@@ -280,8 +282,8 @@ def product(
             assert keep is not None
             weights = weights + keep * column[..., None, :]
     else:
-        given = 0.0 if level is None else _chunked(level, heads, chunk, count, wide)
-        scale = _chunked(inverse[:, None], 1, chunk, count, wide)
+        given = 0.0 if level is None else chunked(level, heads, chunk, count, wide)
+        scale = chunked(inverse[:, None], 1, chunk, count, wide)
         if intercept or moment:
             mean = seen((xs @ firsts[..., None])[..., 0])
             mean = (mean if scores is None else mean + scores.sum(-1)) * scale
@@ -312,7 +314,7 @@ scan_product = torch.library.custom_op("parallax::scan_product", product, mutate
 
 @scan_totals.register_fake
 def _(key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    _, _, _, heads, segments, _ = rest
+    heads, segments = rest[3:5]
     shape, dtype = (key.size(0), heads, segments), statistics_dtype(key)
     width, value_width = key.size(3), value.size(3)
     return (

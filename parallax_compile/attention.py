@@ -290,7 +290,18 @@ def _compiled(call: _Call) -> tuple[Tensor, AuxOutput]:
         return _summed(call)
     block_mask = combined_block_mask(spec.mask_mod, call.block_mask, query, key)
     weights = _weights(call, block_mask)
-    stage = _probe_stage(call, weights)
+    stage = None
+    if isinstance(spec.probe, Solved):
+        # A covariance_mod acts after the solve: there the core makes the output.
+        fused = call.covariance_mod is None
+        given = (query, key, value if fused else None, _ridge(call, weights), weights)
+        found = probes.solved(*given, spec.intercept, spec.probe.max_iterations)
+        stage = found.stage
+        if fused:
+            aux = AuxOutput(lse=found.lse, probe_mean=found.mean)
+            return found.out, aux._replace(iterations=stage.iterations, residual=stage.residual)
+    elif isinstance(spec.probe, Gradient):
+        stage = _gradient_stage(call, weights)
     if stage is not None:
         probe = stage.probe
     out, _, lse, probe_mean = attention_forward(
@@ -314,8 +325,12 @@ def _summed(call: _Call) -> tuple[Tensor, AuxOutput]:
     """Members whose sums run along the sequence, in linear time."""
     query, key, value, probe, spec = call[:5]
     assert call.prefix is not None
-    block_mask = combined_block_mask(spec.mask_mod, None, query, key) if isinstance(spec.probe, Solved) else None
-    stage = _probe_stage(call, _weights(call, block_mask))
+    weights, stage = _weights(call, None), None
+    if isinstance(spec.probe, Solved):
+        lam = _ridge(call, weights)
+        stage = probes.summed(query, key, lam, weights, spec.intercept, spec.probe.max_iterations)
+    elif isinstance(spec.probe, Gradient):
+        stage = _gradient_stage(call, weights)
     if stage is not None:
         probe = stage.probe
     found = scan.attention(
@@ -349,16 +364,20 @@ def _weights(call: _Call, block_mask: BlockMask | None) -> probes.Weights:
     )
 
 
-def _probe_stage(call: _Call, weights: probes.Weights) -> probes.ProbeStage | None:
-    """The stage in front of the core that finds the probe, for members whose probe is not given."""
-    query, key, kind, intercept = call.query, call.key, call.spec.probe, call.spec.intercept
-    if not isinstance(kind, (Solved, Gradient)):
-        return None
+def _ridge(call: _Call, weights: probes.Weights) -> Tensor:
+    """The ridge of each row, for members whose probe is not given."""
+    kind = call.spec.probe
+    assert isinstance(kind, (Solved, Gradient))
     given = kind.ridge if call.ridge is None else call.ridge
-    lam = probes.ridge_of_rows(query, key, given, kind.ridge_scale, weights)
-    if isinstance(kind, Solved):
-        return probes.solved(query, key, lam, weights, intercept)
-    return probes.gradient(query, key, lam, weights, intercept, kind.steps, kind.step_size)
+    return probes.ridge_of_rows(call.query, call.key, given, kind.ridge_scale, weights)
+
+
+def _gradient_stage(call: _Call, weights: probes.Weights) -> probes.ProbeStage:
+    """The stage in front of the core that finds a gradient probe."""
+    kind = call.spec.probe
+    assert isinstance(kind, Gradient)
+    lam = _ridge(call, weights)
+    return probes.gradient(call.query, call.key, lam, weights, call.spec.intercept, kind.steps, kind.step_size)
 
 
 def _empty(call: _Call, operands: tuple[Tensor, ...]) -> tuple[Tensor, AuxOutput]:

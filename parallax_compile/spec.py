@@ -85,14 +85,24 @@ class Solved:
     Attributes:
         ridge: positive; the call's ``ridge=`` takes its place.
         ridge_scale: ``"mean"``, on normalised weights; ``"sum"``, divided by the sum of unnormalised weights (or by n).
+        max_iterations: steps of conjugate gradients that the compiled solver takes at most; None is ``4 D``. Rows stop by their
+            residual, which is in the auxiliary outputs. A row whose system is not positive definite (a tensor ridge of 0 or
+            less) stops where it shows: it keeps what it has found, at worst the zero probe, and its residual says so.
     """
 
     ridge: float = 0.1
     ridge_scale: str = "mean"
+    max_iterations: int | None = None
     kind: ClassVar[str] = "solved"
 
     def __post_init__(self) -> None:
         _check_ridge(self.ridge, self.ridge_scale)
+        if self.max_iterations is None:
+            return
+        if isinstance(self.max_iterations, bool) or not isinstance(self.max_iterations, int):
+            raise TypeError(f"max_iterations must be an int or None, but got {type(self.max_iterations).__name__}.")
+        if self.max_iterations < 1:
+            raise ValueError(f"max_iterations must be at least 1, but got {self.max_iterations}. For none use Zero().")
 
 
 @dataclass(frozen=True)

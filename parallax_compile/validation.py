@@ -212,11 +212,6 @@ def check_state(state: Any, spec: AttentionSpec, query: Tensor, key: Tensor, val
     """
     if spec.bandwidth.kind != "infinite":
         raise_input(InputError, "a state (initial_state, or return_aux with state) needs infinite bandwidth.")
-    if spec.probe.kind == "solved":
-        raise_input(
-            UnsupportedError,
-            "a solved probe's systems take no state yet (initial_state, or return_aux with state). Give all keys in one call.",
-        )
     if not runs:
         raise_input(
             InputError,
@@ -234,7 +229,7 @@ def check_state(state: Any, spec: AttentionSpec, query: Tensor, key: Tensor, val
     shapes = {"count": (key.size(0),), "value_sum": (*heads, value_width)}
     if spec.probe.kind != "zero":
         shapes["key_sum"], shapes["key_value"] = (*heads, width), (*heads, width, value_width)
-    if spec.probe.kind == "gradient":
+    if spec.probe.kind in ("gradient", "solved"):
         shapes["key_key"] = (*heads, width, width)
     for name, shape in shapes.items():
         part = getattr(state, name)

@@ -6,7 +6,7 @@ import functools
 from pathlib import Path
 
 _HERE = Path(__file__).parent
-_SHARED = {"core": ("tiles", "core_shared"), "scan": ("tiles", "scan_shared")}
+_SHARED = {"core": ("tiles", "solve_shared", "core_shared"), "scan": ("tiles", "solve_shared", "scan_shared")}
 
 
 @functools.cache

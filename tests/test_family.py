@@ -149,6 +149,18 @@ def test_translating_keys_at_infinite_bandwidth_changes_nothing() -> None:
         assert relative_error(call(q + shift, k + shift, v, *r), call(q, k, v, *r)) < 1e-9
 
 
+def test_a_cap_on_iterations() -> None:
+    for most, error in ((0, ValueError), (-1, ValueError), (2.0, TypeError), (True, TypeError)):
+        with pytest.raises(error, match="max_iterations"):
+            plx.Solved(max_iterations=most)
+    spec = plx.MESA.replace(mask_mod=CAUSAL, probe=plx.Solved(0.01, max_iterations=3))
+    assert plx.AttentionSpec.from_json(spec.to_json()) == spec
+    request = plx.AuxRequest(iterations=True, residual=True)
+    call = lambda *x: plx.attention(*x, spec=spec, enable_gqa=True, return_aux=request)
+    _, aux = torch.compile(call, backend="aot_eager", fullgraph=True)(*operands(spec))
+    assert int(aux.iterations.max()) == 3 and float(aux.residual.max()) > 1e-3
+
+
 def test_a_ridge_that_is_no_ridge() -> None:
     inputs = operands(plx.LLA)
     for ridge, message in ((0.0, "positive"), (torch.ones(7), "broadcast")):
@@ -170,13 +182,18 @@ def test_explain_counts_the_stage_in_front() -> None:
     plan = plx.explain(plx.LLA.replace(mask_mod=CAUSAL), q, q, q, target="sm_90").plan
     assert [(stage.name, stage.direction) for stage in plan.stages] == [
         ("core_solve", "forward"),
-        ("core_forward", "forward"),
-        ("row_terms", "backward"),
+        ("core_solve", "backward"),
         ("core_backward_query", "backward"),
         ("core_backward_key", "backward"),
-        ("core_solve", "backward"),
-        ("solution_product", "backward"),
     ]
+    mesa = plx.explain(plx.MESA.replace(mask_mod=CAUSAL), q, q, q, target="sm_90", backward=False)
+    assert [stage.name for stage in mesa.plan.stages] == [
+        "scan_totals", "scan_states", "scan_systems", "scan_totals", "scan_product",
+    ]  # fmt: skip
+    longer = torch.randn(1, 2, 128, 16)
+    twice = plx.explain(plx.MESA.replace(mask_mod=CAUSAL), longer, longer, longer, target="sm_90", backward=False)
+    for one, two in zip(mesa.stages, twice.stages, strict=True):
+        assert two.cost.flops == 2 * one.cost.flops
     windowed = plx.AFFINE_LINEAR.replace(mask_mod=plx.masks.sliding_window(8))
     uniform = plx.explain(windowed, q, q, q, q, target="sm_90", backward=False).plan.stages[0]
     assert uniform.products == (1, 2)

@@ -103,18 +103,18 @@ STAGES = ("core_forward", "core_backward_query", "core_backward_key")
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("width", [1, 16, 40, 64, 80, 128, 200, 256])
 @pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("has_probe", [True, False])
-def test_candidates_fit_every_target(stage: str, width: int, itemsize: int, has_probe: bool) -> None:
+@pytest.mark.parametrize("row_tiles", [0, 1, 4])
+def test_candidates_fit_every_target(stage: str, width: int, itemsize: int, row_tiles: int) -> None:
     for target, tma in itertools.product(TARGETS.values(), (True, False)):
         limit = target.shared_memory_per_block
-        sizes = {"width": width, "value_width": width, "itemsize": itemsize, "has_probe": has_probe}
+        sizes = {"width": width, "value_width": width, "itemsize": itemsize, "row_tiles": row_tiles}
         found = candidates(stage, **sizes, shared_memory_limit=limit, tma=tma)
         assert found and (tma or not any(candidate.tma for candidate in found))
-        assert all(shared_memory(stage, c, width, width, itemsize, has_probe) <= limit for c in found)
+        assert all(shared_memory(stage, c, width, width, itemsize, row_tiles) <= limit for c in found)
 
 
 def test_candidates_divide_the_masks_blocks_and_obey_options() -> None:
-    given = {"width": 128, "value_width": 128, "itemsize": 2, "has_probe": True, "shared_memory_limit": 232448}
+    given = {"width": 128, "value_width": 128, "itemsize": 2, "row_tiles": 1, "shared_memory_limit": 232448}
     for candidate in candidates("core_forward", **given, q_block=48, kv_block=32):
         assert 48 % candidate.block_m == 0
         assert 32 % candidate.block_n == 0

@@ -73,10 +73,11 @@ def solved_budget(spec: plx.AttentionSpec, inputs: list[Tensor]) -> float:
 def test_local_linear_attention(dtype: torch.dtype, ridge: float) -> None:
     spec = plx.LLA.replace(probe=plx.Solved(ridge), mask_mod=CAUSAL)
     inputs = operands(70, 70, 20, False, dtype)
-    out, *grads = run(spec, inputs, {"core_solve", "core_forward", "core_backward_query", "core_backward_key"})
-    assert out <= solved_budget(spec, inputs)
-    # The solution of the adjoint system is rounded once on its way into the keys' gradient, which the ridge magnifies.
-    assert max(grads) <= (4 if dtype == torch.float32 else 3) * solved_budget(spec, inputs) / min(1.0, ridge**0.5)
+    out, *grads = run(spec, inputs, {"core_solve", "core_backward_query", "core_backward_key"})
+    # In float32 the solve itself, which the budget takes as exact, costs as much as the rest. In bfloat16 the budget's probe is
+    # rounded, which the solution never is, forward and backward: one rounding of the weights is what may be left.
+    allowed = 2 * solved_budget(spec, inputs) if dtype == torch.float32 else 1.2 * 2.0**-8
+    assert max(out, *grads) <= allowed
 
 
 def test_the_solver_is_centred() -> None:
@@ -95,3 +96,21 @@ def test_gradient_steps() -> None:
     spec = plx.LLA.replace(probe=plx.Gradient(2, ridge=0.2), mask_mod=CAUSAL)
     errors = run(spec, operands(40, 40, 16, False, torch.bfloat16), {"core_forward"})
     assert max(errors) < 4 * 2.0**-8
+
+
+@pytest.mark.parametrize("spec", [plx.LLA, plx.MESA], ids=["LLA", "MESA"])
+def test_a_system_that_cannot_be_solved(spec: plx.AttentionSpec) -> None:
+    """A ridge that makes a system indefinite leaves the zero probe, a residual that says so, and no NaN anywhere."""
+    spec = spec.replace(mask_mod=CAUSAL)
+    request = plx.AuxRequest(residual=True)
+    ridge = torch.where(torch.arange(40) % 3 == 0, -50.0, 1.0)
+    call = lambda *x: plx.attention(*x, spec=spec, enable_gqa=True, ridge=ridge, return_aux=request)
+    inputs = leaves(operands(40, 40, 16, False, torch.bfloat16), torch.bfloat16)
+    out, aux = interpreter.interpreted(call)(*inputs)
+    bad = slice(3, None, 3)
+    assert float(aux.residual[:, :, bad].min()) > 0.5 and float(aux.residual[:, :, 4::3].max()) < 0.5
+    fallback = plx.SOFTMAX.replace(mask_mod=CAUSAL)
+    want = plx.attention(*inputs, spec=fallback, enable_gqa=True) if spec.intercept else torch.zeros_like(out)
+    assert relative_error(out[:, :, bad], want[:, :, bad]) < 2.0**-6 if spec.intercept else not out[:, :, bad].any()
+    out.float().sum().backward()
+    assert all(bool(tensor.grad.isfinite().all()) for tensor in inputs)
