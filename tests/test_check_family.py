@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from parallax_compile import check_family
 
 import parallax_compile as plx
+from parallax_compile import check_family
 
 
 def test_the_cells_are_the_ten_members_and_their_gradient_probes() -> None:
