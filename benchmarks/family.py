@@ -1,161 +1,393 @@
-"""Every member of the family on one device: accuracy against float64, time, growth with the length.
+"""The family beside its peers: errors against float64, times, goals, growth with the length. One row at a time, resumable.
 
-    python benchmarks/family.py [--json PATH] [--lengths 1024 2048 4096] [--widths 64 128] [--ridges 1 0.1 0.01] [--quick]
+    python benchmarks/family.py --json benchmarks/results/family.json [--seconds 150] [--match TEXT] [--warm 8]
 
-Accuracy: relative error (norm) of out and gradients at length 512, causal, 2 heads. Times: medians with a cold L2, 16 heads in
-all, forward and forward with backward. Growth: the exponent of a power law through the times. bf16 on a GPU, float32 on a CPU.
+A record that exists is continued: rows that it has are not run again, unless the device or a version differs. ``--seconds``
+starts no row after that time; ``--match`` takes rows whose name contains the text; ``--warm N`` first compiles every row's
+kernels in N processes. ``--quick`` runs small shapes, on a CPU too; ``--show`` prints a record.
+
+Errors: relative, by norm, of out and gradients at (1, 2, 1024, D), and the worst row of out. Times: medians over interleaved
+rounds with a cold L2, each run a replayed CUDA graph where it can be captured (``clock`` says so), so that the host's time is
+no part of them. bf16 on a GPU, float32 on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import json
 import math
+import os
+import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Clock, summary
+from family_contenders import FLA_LINEAR, FLA_MESA, FLASH_LLA, OURS, Contender, Problem, others
+from measure import Clock, Replay, summary
 from record import environment
 from tabulate import tabulate
 from torch import Tensor
 
 import parallax_compile as plx
 
-CAUSAL = plx.masks.causal()
+DIRECTIONS = ("forward", "both")
+ROUNDS = 3
+ROUND_MS = 1000.0
+"""A call that takes long is repeated less often: a round of it may take so much."""
 
 
-def members(ridges: list[float]) -> dict[str, plx.AttentionSpec]:
-    """The members, solved ones with each ridge."""
-    found = {}
-    for name, spec in plx.family().items():
-        if spec.probe.kind == "solved":
-            found |= {f"{name} ridge {ridge:g}": spec.replace(probe=plx.Solved(ridge)) for ridge in ridges}
-        else:
-            found[name] = spec
-    found["no intercept, learned"] = plx.PARALLAX.replace(intercept=False)
-    found["no intercept, solved"] = plx.LLA.replace(intercept=False, probe=plx.Solved(ridges[0]))
-    found["gradient, 3 steps"] = plx.LLA.replace(probe=plx.Gradient(3, ridge=ridges[0]))
-    return {name: spec.replace(mask_mod=CAUSAL) for name, spec in found.items()}
+@dataclass(frozen=True)
+class Goal:
+    """What the project set out to reach on a row.
+
+    Attributes:
+        speedup: least ratio of the peer's time to ours, in each direction.
+        error: largest error of out and of every gradient; None where the peer's own is the measure.
+    """
+
+    speedup: float | None = None
+    error: float | None = None
+    peer_error: bool = False
 
 
-def operands(spec: plx.AttentionSpec, heads: int, length: int, width: int, device: str) -> list[Tensor]:
-    """Query, key, value (and probe), normal, requiring gradients."""
+@dataclass(frozen=True)
+class Row:
+    """One line of the record: a problem, the contenders beside us, and whether errors or times are wanted."""
+
+    kind: str
+    problem: Problem
+    peers: tuple[Contender, ...] = ()
+    goal: Goal = Goal()
+
+    @property
+    def name(self) -> str:
+        """Its key in the record."""
+        p = self.problem
+        ridge = "" if p.ridge is None else f" ridge {p.ridge:g}"
+        return f"{p.member}{ridge} {self.kind} ({p.batch}, {p.heads}, {p.length}, {p.width})"
+
+
+LLA_GOALS = {1.0: Goal(3.0, 3e-3), 0.1: Goal(2.0, 5e-3), 0.01: Goal(1.0, 1e-2)}
+LINEAR_SHAPES = ((4, 16, 4096, 128), (1, 16, 16384, 128), (1, 16, 65536, 128))
+MESA_SHAPES = ((4, 16, 4096, 128), (1, 16, 16384, 128), (1, 16, 65536, 128))
+GROWTH_LENGTHS = (65536, 131072, 262144)
+
+
+def rows(quick: bool = False) -> list[Row]:
+    """Every row, those that say most first."""
+    if quick:
+        return _quick_rows()
+    found = []
+    for width in (64, 128):
+        for ridge, goal in LLA_GOALS.items():
+            found.append(Row("errors", Problem("LLA", 1, 2, 1024, width, ridge), (FLASH_LLA,), goal))
+    for length in (2048, 4096, 1024, 8192):
+        for width in (64, 128):
+            for ridge, goal in LLA_GOALS.items():
+                if (ridge, width) == (0.01, 128):
+                    goal = Goal(1 / 1.5, goal.error)
+                found.append(Row("times", Problem("LLA", 1, 16, length, width, ridge), (FLASH_LLA,), goal))
+    found += [Row("times", Problem("AFFINE_LINEAR", *shape), (FLA_LINEAR,), Goal(1.2)) for shape in LINEAR_SHAPES]
+    found.append(Row("errors", Problem("MESA", 1, 2, 1024, 128, 1.0), (FLA_MESA,), Goal(peer_error=True)))
+    found += [Row("times", Problem("MESA", *shape, 1.0), (FLA_MESA,), Goal(2.0)) for shape in MESA_SHAPES]
+    for member in ("AFFINE_LINEAR", "MESA"):
+        ridge = 1.0 if member == "MESA" else None
+        found += [Row("times", Problem(member, 1, 16, n, 128, ridge)) for n in GROWTH_LENGTHS[1:]]
+    for member in (*plx.family(), *others()):
+        if member not in ("LLA", "MESA"):
+            solved = member in ("AFFINE_MESA", "solved, no intercept", "gradient")
+            found += [Row("errors", Problem(member, 1, 2, 1024, d, 1.0 if solved else None)) for d in (64, 128)]
+    return found
+
+
+def _quick_rows() -> list[Row]:
+    return [
+        Row("errors", Problem("LLA", 1, 2, 48, 16, 1.0), (FLASH_LLA,), LLA_GOALS[1.0]),
+        Row("times", Problem("AFFINE_LINEAR", 1, 2, 64, 16), (FLA_LINEAR,), Goal(1.2)),
+        Row("times", Problem("AFFINE_LINEAR", 1, 2, 128, 16)),
+    ]
+
+
+# --- measuring ------------------------------------------------------------------------------------------------------
+
+
+def run_row(row: Row, device: str, repeats: int) -> dict[str, Any]:
+    """Measure every contender of ``row``; one that cannot run is named with the reason."""
+    torch._dynamo.reset()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    torch.manual_seed(0)
-    count = 4 if spec.probe.kind == "learned" else 3
-    shape = (1, heads, length, width)
-    return [torch.randn(shape, device=device, dtype=dtype).requires_grad_() for _ in range(count)]
+    operands, grad = row.problem.operands(device, dtype)
+    found: dict[str, dict[str, Any]] = {}
+    built = {}
+    for contender in (OURS, *row.peers):
+        reason = contender.absent(device)
+        if reason is not None:
+            found[contender.name] = {"absent": reason}
+            continue
+        found[contender.name] = {}
+        try:
+            start = time.perf_counter()
+            runs = contender.build(row.problem, operands, grad)
+            runs.both()
+            runs.forward()
+            found[contender.name]["first_calls_s"] = time.perf_counter() - start
+            built[contender.name] = runs
+        except Exception as problem:  # a result, not a failure of the run
+            found[contender.name] = {"failed": f"{type(problem).__name__}: {str(problem)[:300]}"}
+    if row.kind == "errors":
+        exact = _reference(row.problem, operands, grad)
+        for name, runs in built.items():
+            found[name] |= {"errors": _errors(runs.both(), exact), "repeatable": _same_bits(runs.both(), runs.both())}
+            found[name] |= runs.notes()
+    else:
+        _time({(name, d): getattr(runs, d) for name, runs in built.items() for d in DIRECTIONS}, device, repeats, found)
+    return {
+        "name": row.name,
+        "kind": row.kind,
+        "problem": asdict(row.problem),
+        "contenders": found,
+        **_judged(row, found),
+    }
 
 
-def error(got: Tensor | None, want: Tensor | None) -> float | None:
-    """Relative error by norm; None where there is no gradient to compare."""
-    if got is None or want is None or not want.norm() > 0:
-        return None
-    return float((got.double() - want).norm() / want.norm())
+def _reference(problem: Problem, operands: list[Tensor], grad: Tensor) -> list[Tensor | None]:
+    """Out and gradients in float64, by the dense reference."""
+    spec = problem.spec
+    if problem.member == "MESA":
+        spec = spec.replace(probe=plx.Solved(ridge_scale="sum"))
+    exact = [x.detach().double().requires_grad_() for x in operands]
+    out = plx.attention(*exact, spec=spec, ridge=problem.ridge)
+    return [out.detach(), *torch.autograd.grad(out, exact, grad.double(), allow_unused=True)]
 
 
-def accuracy(spec: plx.AttentionSpec, width: int, device: str, length: int) -> dict[str, Any]:
-    """Errors of out and of the gradients of query, key, value and probe; iterations of the solver."""
-    inputs = operands(spec, 2, length, width, device)
-    solved = spec.probe.kind == "solved"
-    request = plx.AuxRequest(iterations=solved, residual=solved)
-    call = torch.compile(lambda *x: plx.attention(*x, spec=spec, return_aux=request), fullgraph=True)
-    out, aux = call(*inputs)
-    grad = torch.randn_like(out)
-    grads = torch.autograd.grad(out, inputs, grad, allow_unused=True)
-    again = torch.autograd.grad(call(*inputs)[0], inputs, grad, allow_unused=True)
-    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    want = plx.attention(*exact, spec=spec)
-    wanted = torch.autograd.grad(want, exact, grad.double(), allow_unused=True)
-    found: dict[str, Any] = {"out": error(out, want)}
-    found |= {f"d{name}": error(a, b) for name, a, b in zip("qkvr", grads, wanted, strict=False)}
-    found["worst_row"] = float(((out.double() - want).norm(dim=-1) / want.norm(dim=-1)).max())
-    found["repeatable"] = all(a is None or torch.equal(a, b) for a, b in zip(grads, again, strict=True))
-    if solved:
-        found["iterations"] = [float(aux.iterations.float().mean()), int(aux.iterations.max())]
+def _errors(got: tuple[Tensor, list[Tensor | None]], exact: list[Tensor | None]) -> dict[str, float]:
+    found = {}
+    for name, a, b in zip(("out", "dq", "dk", "dv", "dr"), (got[0], *got[1]), exact, strict=False):
+        if a is not None and b is not None and b.norm() > 0:
+            found[name] = float((a.double() - b).norm() / b.norm())
+    out, want = got[0].double(), exact[0]
+    assert want is not None
+    found["worst_row"] = float(((out - want).norm(dim=-1) / want.norm(dim=-1)).max())
     return found
 
 
-def times(spec: plx.AttentionSpec, width: int, device: str, length: int, heads: int, repeats: int) -> dict[str, Any]:
-    """Milliseconds of the forward and of forward and backward."""
-    inputs = operands(spec, heads, length, width, device)
-    call = torch.compile(lambda *x: plx.attention(*x, spec=spec), fullgraph=True)
-    grad = torch.randn_like(inputs[0])
+def _same_bits(first: tuple[Tensor, list[Tensor | None]], second: tuple[Tensor, list[Tensor | None]]) -> bool:
+    pairs = zip((first[0], *first[1]), (second[0], *second[1]), strict=True)
+    return all(a is None or (b is not None and torch.equal(a, b)) for a, b in pairs)
+
+
+def _time(
+    calls: dict[tuple[str, str], Callable[[], Any]], device: str, repeats: int, found: dict[str, dict[str, Any]]
+) -> None:
+    """Fill in milliseconds, round by round in turn."""
     clock = Clock(device)
+    replays = {key: Replay(call, device) for key, call in calls.items()}
+    samples: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
+    each = {key: max(1, min(repeats, int(ROUND_MS / clock(replay, 1)[0]))) for key, replay in replays.items()}
+    for _ in range(ROUNDS):
+        for key, replay in replays.items():
+            replay()
+            samples[key] += clock(replay, each[key])
+    for (name, direction), measured in samples.items():
+        found[name][direction] = {**summary(measured), "clock": replays[name, direction].kind}
 
-    def forward() -> None:
-        with torch.no_grad():
-            call(*inputs)
 
-    found: dict[str, Any] = {}
+def _judged(row: Row, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Ratios to the peers, the goal, and whether it is met; None where nothing says."""
+    ours, goal = found["ours"], row.goal
+    result: dict[str, Any] = {"goal": asdict(goal), "speedup": {}, "met": {}}
+    for peer in row.peers:
+        theirs = found[peer.name]
+        for direction in DIRECTIONS:
+            if "ms" in ours.get(direction, {}) and "ms" in theirs.get(direction, {}):
+                result["speedup"][direction] = theirs[direction]["ms"] / ours[direction]["ms"]
+    if goal.speedup is not None:
+        for direction, ratio in result["speedup"].items():
+            result["met"][direction] = ratio >= goal.speedup
+    if "errors" in ours:
+        for name, error in ours["errors"].items():
+            allowed = goal.error
+            if goal.peer_error:
+                allowed = next((found[p.name]["errors"][name] for p in row.peers if "errors" in found[p.name]), None)
+            if allowed is not None and name != "worst_row":
+                result["met"][name] = error <= allowed
+    return result
 
-    def both():
-        return torch.autograd.grad(call(*inputs), inputs, grad, allow_unused=True)
 
-    for name, run in (("forward", forward), ("both", both)):
-        start = time.perf_counter()
-        run()
-        first = time.perf_counter() - start
-        run()
-        found[name] = {"first_call_s": first, **summary(clock(run, repeats))}
+def growth(record: dict[str, Any]) -> dict[str, float]:
+    """Least-squares exponents of the times over the length, for the members with rows at several of the long lengths."""
+    found = {}
+    done = [row for row in record["rows"] if row["kind"] == "times" and row["problem"]["batch"] == 1]
+    for member in dict.fromkeys(row["problem"]["member"] for row in done):
+        if plx.family()[member].bandwidth.kind != "infinite":
+            continue
+        for direction in DIRECTIONS:
+            points = sorted(
+                (row["problem"]["length"], row["contenders"]["ours"][direction]["ms"])
+                for row in done
+                if row["problem"]["member"] == member and "ms" in row["contenders"]["ours"].get(direction, {})
+            )
+            points = [p for p in points if p[0] >= GROWTH_LENGTHS[0]] or points
+            if len(points) > 1:
+                found[f"{member} {direction}"] = _exponent(points)
     return found
+
+
+def _exponent(points: list[tuple[int, float]]) -> float:
+    x, y = [math.log(n) for n, _ in points], [math.log(t) for _, t in points]
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    spread = sum((a - mean_x) ** 2 for a in x)
+    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / spread
+
+
+# --- the record -----------------------------------------------------------------------------------------------------
+
+SAME = ("device", "torch", "triton", "commit")
+"""What must be equal for rows of an earlier run to count."""
+
+
+def opened(path: Path | None, device: str) -> dict[str, Any]:
+    """The record at ``path`` where it can be continued, else a new one."""
+    mine = environment(device)
+    if path is not None and path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before.get("schema") == 2 and all(before["environment"].get(name) == mine[name] for name in SAME):
+            return before
+        print(f"{path} is of another device, release or commit: begun again", flush=True)
+    return {"schema": 2, "environment": mine, "rows": []}
+
+
+def write(record: dict[str, Any], path: Path | None) -> None:
+    """Replace the file in one step, so that a run that is cut off leaves the last whole record."""
+    record["growth"] = growth(record)
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def tables(record: dict[str, Any]) -> str:
+    """The record as text: errors, then times."""
+    parts = []
+    for kind, columns in (("errors", ("out", "dq", "dk", "dv", "dr", "worst_row")), ("times", DIRECTIONS)):
+        lines = []
+        for row in record["rows"]:
+            if row["kind"] != kind:
+                continue
+            for name, found in row["contenders"].items():
+                ours = name == "ours"
+                if kind == "errors":
+                    cells = [f"{found['errors'][c]:.1e}" if c in found.get("errors", {}) else "" for c in columns]
+                    steps = (
+                        f"{found['iterations_mean']:.0f} · {found['iterations_most']}"
+                        if "iterations_mean" in found
+                        else ""
+                    )
+                    goal = row["goal"]["error"]
+                    cells += [steps, "" if goal is None or not ours else f"{goal:g}"]
+                else:
+                    cells = [f"{found[c]['ms']:.3f}" if "ms" in found.get(c, {}) else "" for c in columns]
+                    cells += [f"{row['speedup'][c]:.2f}" if ours and c in row["speedup"] else "" for c in columns]
+                    goal = row["goal"]["speedup"]
+                    clocks = {found[c].get("clock", "") for c in columns if c in found}
+                    cells += ["" if goal is None or not ours else f"{goal:.2f}", "/".join(sorted(clocks))]
+                verdict = "" if not ours or not row["met"] else "met" if all(row["met"].values()) else "short"
+                remark = found.get("failed", found.get("absent", ""))[:50]
+                lines.append([row["name"] if ours else "", name, *cells, verdict, remark])
+        if not lines:
+            continue
+        ends = (
+            ["steps mean · most", "goal"]
+            if kind == "errors"
+            else ["peer / ours fwd", "peer / ours both", "goal", "clock"]
+        )
+        titles = ["row", "contender", *columns, *ends, "", "remark"]
+        parts.append(tabulate(lines, headers=titles, disable_numparse=True))
+    if record.get("growth"):
+        parts.append(f"growth exponents: { {name: round(value, 3) for name, value in record['growth'].items()} }")
+    return "\n\n".join(parts)
+
+
+# --- running --------------------------------------------------------------------------------------------------------
+
+
+def warm(names: list[str], workers: int, seconds: float, quick: bool) -> None:
+    """Compile the kernels of every row in processes of their own; their caches on disk are what stays."""
+
+    def one(name: str) -> None:
+        command = [sys.executable, __file__, "--exactly", name, "--repeats", "1", *(["--quick"] if quick else [])]
+        left = seconds - (time.monotonic() - start)
+        try:
+            subprocess.run(command, capture_output=True, check=False, timeout=max(left, 1.0))
+        except subprocess.TimeoutExpired:
+            print(f"not warmed in time: {name}", flush=True)
+
+    start = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        list(pool.map(one, names))
+    print(f"warmed in {time.monotonic() - start:.0f} s", flush=True)
+
+
+def representatives(chosen: list[Row]) -> list[str]:
+    """One row of each shape and member: its kernels are those of its other ridges."""
+    first: dict[Any, str] = {}
+    for row in chosen:
+        p = row.problem
+        first.setdefault((row.kind, p.member, p.batch, p.heads, p.length, p.width), row.name)
+    return list(first.values())
 
 
 def main() -> int:
-    """Measure, print, write."""
+    """Measure, print, write; 1 if a contender of ours failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--match", default="", help="only members whose name contains this")
-    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128])
-    parser.add_argument("--ridges", type=float, nargs="+", default=[1.0, 0.1, 0.01])
-    parser.add_argument("--lengths", type=int, nargs="*", default=[1024, 2048, 4096])
-    parser.add_argument("--accuracy-length", type=int, default=512)
-    parser.add_argument("--quick", action="store_true", help="one width, one ridge, one short length")
+    parser.add_argument("--json", type=Path, help="the record; continued if it exists")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no row after this time")
+    parser.add_argument("--match", default="", help="only rows whose name contains this")
+    parser.add_argument("--exactly", help="only the row of this name")
+    parser.add_argument("--repeats", type=int, default=10, help=f"of each of {ROUNDS} rounds")
+    parser.add_argument("--warm", type=int, default=0, metavar="N", help="compile first, in N processes")
+    parser.add_argument("--quick", action="store_true", help="small shapes")
+    parser.add_argument("--show", type=Path, metavar="RECORD", help="print a record and end")
     arguments = parser.parse_args()
-    if arguments.quick:
-        arguments.widths, arguments.ridges, arguments.lengths, arguments.accuracy_length = [16], [1.0], [64], 48
-    heads = 16 if arguments.device == "cuda" else 2
-    record: dict[str, Any] = {"schema": 1, "environment": environment(arguments.device), "heads": heads, "members": []}
-    rows = []
-    for width in arguments.widths:
-        for name, spec in members(arguments.ridges).items():
-            if arguments.match not in name:
-                continue
-            torch._dynamo.reset()
-            entry: dict[str, Any] = {"member": name, "width": width}
-            try:
-                entry["accuracy"] = accuracy(spec, width, arguments.device, arguments.accuracy_length)
-                measured = {n: times(spec, width, arguments.device, n, heads, 7) for n in arguments.lengths}
-                entry["times"] = measured
-            except Exception as problem:  # one member that fails is a result, not a failure of the run
-                entry["failed"] = f"{type(problem).__name__}: {str(problem)[:300]}"
-                measured = {}
-            record["members"].append(entry)
-            found = entry.get("accuracy", {})
-            cells = [
-                f"{found[key]:.1e}" if found.get(key) is not None else "" for key in ("out", "dq", "dk", "dv", "dr")
-            ]
-            spread = "/".join(f"{value:.0f}" for value in found.get("iterations", ()))
-            clocked = [f"{m['forward']['ms']:.2f} {m['both']['ms']:.2f}" for m in measured.values()]
-            growth = ""
-            if len(measured) > 1:
-                lengths = list(measured)
-                ratio = measured[lengths[-1]]["both"]["ms"] / measured[lengths[-2]]["both"]["ms"]
-                entry["growth"] = math.log(ratio) / math.log(lengths[-1] / lengths[-2])
-                growth = f"{entry['growth']:.2f}"
-            rows.append([name, width, *cells, spread, *clocked, growth, entry.get("failed", "")[:60]])
-            print(*rows[-1], flush=True)
-            if arguments.json:
-                arguments.json.parent.mkdir(parents=True, exist_ok=True)
-                arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    headers = ["member", "D", "out", "dq", "dk", "dv", "dr", "steps mean/max"]
-    headers += [f"ms fwd, both at {n}" for n in arguments.lengths] + ["growth", "failed"]
-    print("\n" + tabulate(rows, headers=headers[: len(rows[0])], disable_numparse=True) if rows else "no such member")
-    return int(any("failed" in entry for entry in record["members"]))
+    if arguments.show is not None:
+        print(tables(json.loads(arguments.show.read_text(encoding="utf-8"))))
+        return 0
+    start = time.monotonic()
+    record = opened(arguments.json, arguments.device)
+    done = {row["name"] for row in record["rows"]}
+    wanted = [row for row in rows(arguments.quick) if arguments.match in row.name]
+    if arguments.exactly is not None:
+        wanted = [row for row in wanted if row.name == arguments.exactly]
+    if not wanted:
+        parser.error("no such row. Rows: " + "; ".join(row.name for row in rows(arguments.quick)))
+    left = [row for row in wanted if row.name not in done]
+    if arguments.warm:
+        budget = min(arguments.seconds, 3600.0)
+        warm(representatives(left), arguments.warm, budget * 0.6, arguments.quick)
+    failed = False
+    for row in left:
+        if time.monotonic() - start > arguments.seconds:
+            print(f"out of time: {len(wanted) - len(done)} rows left", flush=True)
+            break
+        begun = time.monotonic()
+        measured = run_row(row, arguments.device, arguments.repeats)
+        done.add(row.name)
+        record["rows"].append(measured)
+        failed |= "failed" in measured["contenders"]["ours"]
+        write(record, arguments.json)
+        print(f"{row.name}: {time.monotonic() - begun:.1f} s, met {measured['met']}", flush=True)
+        if arguments.device == "cuda":
+            torch.cuda.empty_cache()
+    record["growth"] = growth(record)
+    print("\n" + tables(record))
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,34 @@ class Clock:
         return [start_event.elapsed_time(end_event) for start_event, end_event in events]
 
 
+class Replay:
+    """``call`` as a CUDA graph, so that its time holds nothing of the host; the call itself where it cannot be captured.
+
+    Attributes:
+        kind: ``graph`` or ``call``.
+    """
+
+    def __init__(self, call: Callable[[], Any], device: str) -> None:
+        self._run, self.kind = call, "call"
+        if device != "cuda":
+            return
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self._held = call()
+            self._run, self.kind = graph.replay, "graph"
+        except RuntimeError:  # it waits for the device or allocates on the host: timed as it is
+            torch.cuda.synchronize()
+
+    def __call__(self) -> None:
+        self._run()
+
+
 def operands(case: Case, device: str, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
     """Query, key, value, probe that require gradients, and a gradient of out; normal, from one seed."""
     torch.manual_seed(0)

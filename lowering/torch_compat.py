@@ -66,6 +66,7 @@ __all__ = [
     "save_values_for_backward",
     "saved_values",
     "set_original_aten_op",
+    "skip_frames_of",
     "source_type",
     "trace_mod",
     "traced_while_loop",
@@ -92,6 +93,9 @@ FENCED: dict[str, tuple[str, ...]] = {
     "torch._dynamo.variables.tensor:SymNodeVariable.evaluate_expr": ("output_graph",),
     "torch._dynamo.variables.builder:wrap_fx_proxy": ("tx", "proxy", "example_value"),
     "torch._dynamo.utils:proxy_args_kwargs": ("args", "kwargs"),
+    "torch._dynamo.side_effects:SideEffects.clone": (),
+    "torch.fx.experimental.symbolic_shapes:ShapeEnv.create_symintnode": ("sym", "hint"),
+    "torch._dynamo.eval_frame:skip_code": (),
     "torch._higher_order_ops.flex_attention:create_fw_bw_graph": ("score_mod", "index_values", "other_buffers"),
     "torch._higher_order_ops.while_loop:while_loop_op": (),
     "torch._inductor.decomposition:select_decomp_table": (),
@@ -105,6 +109,18 @@ FENCED: dict[str, tuple[str, ...]] = {
     "torch._higher_order_ops.utils:save_values_for_backward": ("ctx", "args"),
     "torch._higher_order_ops.utils:saved_values": ("ctx",),
     "torch.nn.attention.flex_attention:_vmap_for_bhqkv": ("fn", "prefix", "suffix", "out_dims"),
+    "torch._higher_order_ops.flex_attention:flex_attention.__call__": (
+        "query",
+        "key",
+        "value",
+        "score_mod",
+        "block_mask",
+        "scale",
+        "kernel_options",
+    ),
+    "torch.nn.attention.flex_attention:_identity": (),
+    "torch.nn.attention.flex_attention:_LARGE_SPARSE_BLOCK_SIZE": (),
+    "torch.nn.functional:multi_head_attention_forward.__globals__": (),
     "torch._inductor:list_mode_options": ("mode",),
     "torch._inductor.compile_fx:compile_fx": ("model_", "example_inputs_", "inner_compile", "config_patches"),
     "torch._inductor.ir:ComputedBuffer": (),
@@ -215,6 +231,23 @@ def sums_by_atomics(device: torch.device, captured: Sequence[Any]) -> bool:
     return any(isinstance(value, Tensor) and value.requires_grad for value in captured)
 
 
+@contextlib.contextmanager
+def _side_effects_in_place(tx: Any) -> Iterator[None]:
+    """Dynamo's record of side effects stays one object while a mod is traced.
+
+    Tracing a mod ends by putting a copy of the record from before in its place. What a Python object's ``__dict__`` holds is
+    looked up in the record that was there when it was first read (torch 2.13), so that attributes set after the call, as
+    Hugging Face's caches do, would be lost.
+    """
+    record = tx.output.side_effects
+    yield
+    restored = tx.output.side_effects
+    for name in ("id_to_variable", "store_attr_mutations", "attr_mutation_kinds", "keepalive"):
+        if hasattr(restored, name):
+            setattr(record, name, getattr(restored, name))
+    tx.output.side_effects = record
+
+
 def register_dynamo_operator(
     op: HigherOrderOperator, *, mods: dict[int, str], names: dict[int, str], on_trace: Callable[[], None]
 ) -> None:
@@ -284,7 +317,8 @@ def register_dynamo_operator(
                 if name == "mask_fn":
                     plain[position] = TupleVariable(mod.items[:-1], source=mod.source)
                     mod = mod.items[-1]
-                nodes[position], captured = self.create_wrapped_node(tx, score_like, mod, name)
+                with _side_effects_in_place(tx):
+                    nodes[position], captured = self.create_wrapped_node(tx, score_like, mod, name)
                 _check_result(tx.output.nn_modules[nodes[position].node.target], position)
                 _check_deterministic(query, captured, position)
                 lifted.append(captured)
@@ -467,9 +501,32 @@ def traced_while_loop(
     condition: Callable[..., Tensor], body: Callable[..., tuple], carried: Sequence[Tensor], operands: Sequence[Any]
 ) -> Any:
     """Torch's ``while_loop`` with explicit operands, as a node of the graph being traced."""
-    return _resolve("torch._higher_order_ops.while_loop:while_loop_op")(
-        condition, body, tuple(carried), tuple(operands)
+    while_loop_op = _resolve("torch._higher_order_ops.while_loop:while_loop_op")
+    given = len(carried) + len(operands)
+    # A body whose operand has the size s + 1 must be told s: where no operand has that size, s is one more operand.
+    needed, alone = _symbols_of([*carried, *operands])
+    symbols = [_inlined_symbols[s] for s in needed if s not in alone and s in _inlined_symbols]
+    return while_loop_op(
+        lambda *state: condition(*state[:given]),
+        lambda *state: body(*state[:given]),
+        tuple(carried),
+        (*operands, *symbols),
     )
+
+
+_inlined_symbols: dict[Any, torch.SymInt] = {}
+"""The symbols in sizes of the node that is being inlined, as numbers of its graph."""
+
+
+def _symbols_of(values: Sequence[Any]) -> tuple[list[Any], set[Any]]:
+    """The symbols of sizes, strides and numbers among ``values``, in order, and those of them that are one of these alone."""
+    numbers = [value for value in values if isinstance(value, torch.SymInt)]
+    for value in values:
+        if isinstance(value, Tensor):
+            numbers += [n for n in (*value.shape, *value.stride()) if isinstance(n, torch.SymInt)]
+    expressions = [number.node.expr for number in numbers]
+    symbols = {symbol for expression in expressions for symbol in expression.free_symbols}
+    return sorted(symbols, key=str), {expression for expression in expressions if expression.is_Symbol}
 
 
 def inline_in_lowering(function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
@@ -500,21 +557,25 @@ def inline_in_lowering(function: Callable[..., Any], arguments: Sequence[Any]) -
         list(graph.current_node.args), is_leaf=lambda leaf: leaf is None or isinstance(leaf, torch.fx.Node)
     )
     fakes = [fake(argument) for argument in node_arguments]
+    fake_mode = next(leaf.fake_mode for leaf in fakes if isinstance(leaf, Tensor))
+    names, _ = _symbols_of(fakes)
+    symbols = [fake_mode.shape_env.create_symintnode(symbol, hint=None) for symbol in names]
     dynamic = [i for i, leaf in enumerate(fakes) if isinstance(leaf, (Tensor, torch.SymInt, torch.SymFloat))]
 
     def call(*values: Any) -> Any:
         leaves = list(fakes)
-        for position, leaf in zip(dynamic, values, strict=True):
+        for position, leaf in zip(dynamic, values[: len(dynamic)], strict=True):
             leaves[position] = leaf
+        _inlined_symbols.clear()
+        _inlined_symbols.update(zip(names, values[len(dynamic) :], strict=True))
         return function(*pytree.tree_unflatten(leaves, structure))
 
-    fake_mode = next(leaf.fake_mode for leaf in fakes if isinstance(leaf, Tensor))
     with fake_mode, inductor.V.set_fake_mode(fake_mode):
-        traced = make_fx(call, decomposition_table=select_decomp_table())(*[fakes[i] for i in dynamic])
+        traced = make_fx(call, decomposition_table=select_decomp_table())(*[fakes[i] for i in dynamic], *symbols)
     _lift_subgraphs(traced, root)
     _views_as_reshapes(traced)
     with _no_donated_buffers():
-        return process_subgraph_nodes(traced, [given[i] for i in dynamic])
+        return process_subgraph_nodes(traced, [*(given[i] for i in dynamic), *names])
 
 
 @contextlib.contextmanager
@@ -643,6 +704,13 @@ def _traced_error(error: type[Exception], exc: Any) -> type[Exception]:
 
     Traced.__name__, Traced.__qualname__, Traced.__module__ = error.__name__, error.__qualname__, error.__module__
     return Traced
+
+
+def skip_frames_of(function: Callable[..., Any]) -> None:
+    """Dynamo runs a call of ``function`` as it is; where it traces through one, it goes on to."""
+    from torch._dynamo.eval_frame import skip_code
+
+    skip_code(function.__code__)
 
 
 def _callable_of(variable: Any) -> Callable[..., Any] | None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .errors import InputError, InputTypeError
-from .replacement import check_member, replacing
+from .replacement import check_member, replacing, without_fast_path
 from .spec import AttentionSpec
 
 __all__ = ["backend", "parallax_compile"]
@@ -74,8 +74,9 @@ def parallax_compile(  # type: ignore[misc]
             ``@parallax_compile(mode="max-autotune")``.
         fullgraph, dynamic, options: as for ``torch.compile``.
         mode: as for ``torch.compile``; ``"max-autotune"`` times every candidate kernel.
-        replace_sdpa: a member without a learned probe, by which every ``F.scaled_dot_product_attention`` inside is computed:
-            masks, causality, scale and grouped queries are kept; dropout is refused. ``flex_attention`` is not replaced.
+        replace_sdpa: a member without a learned probe, by which every ``F.scaled_dot_product_attention``, ``flex_attention``
+            and ``nn.MultiheadAttention`` inside is computed: masks, mods, causality, scale and grouped queries are kept;
+            dropout, attention weights and what else cannot be kept raise. ``flex_attention``'s kernel options are not read.
 
     Raises:
         InputTypeError: ``obj`` is none of these, or ``replace_sdpa`` is no spec.
@@ -117,14 +118,14 @@ def parallax_compile(  # type: ignore[misc]
 def _compiled(fn: Callable[..., Any], settings: dict[str, Any]) -> Callable[..., Any]:
     options = dict(settings["options"])
     mode = settings["mode"]
-    if settings["replace_sdpa"] is not None:
-        fn = replacing(fn, settings["replace_sdpa"])
-    return torch.compile(
-        fn,
+    replace = settings["replace_sdpa"]
+    compiled = torch.compile(
+        fn if replace is None else replacing(fn, replace),
         backend=functools.partial(backend, options=options, mode=mode),
         fullgraph=settings["fullgraph"],
         dynamic=settings["dynamic"],
     )
+    return compiled if replace is None else without_fast_path(compiled)
 
 
 _CLASS_FORWARD = "_parallax_eager_forward"

@@ -29,6 +29,7 @@ __all__ = [
     "document",
     "document_ids",
     "from_kinds",
+    "from_pairs",
     "full",
     "prefix_lm",
     "sliding_window",
@@ -375,6 +376,34 @@ def from_kinds(kinds: Tensor, lengths: tuple[int, int], block_size: tuple[int, i
         BLOCK_SIZE=block_size,
         mask_mod=mask_mod,
     )
+
+
+def from_pairs(allowed: Tensor, pairs: Tensor, block_size: tuple[int, int] = (128, 128)) -> BlockMask:
+    """A ``BlockMask`` of a mask that is there as a tensor: blocks where it allows nothing are not visited.
+
+    Args:
+        allowed: bool, broadcastable to ``pairs``; each dimension that it lacks is one block list less.
+        pairs: the same mask expanded, bool ``[B, Hq, Lq, Lk]``.
+        block_size: ``(q, kv)``.
+    """
+    q_length, kv_length = pairs.size(2), pairs.size(3)
+    while allowed.dim() < 4:
+        allowed = allowed[None]
+    allowed = allowed.expand(-1, -1, q_length, kv_length)
+
+    def blocks(filled: bool) -> Tensor:
+        # Past the ends a block has what changes nothing about it.
+        padding = (0, -kv_length % block_size[1], 0, -q_length % block_size[0])
+        whole = torch.nn.functional.pad(allowed, padding, value=filled)
+        return whole.unflatten(3, (-1, block_size[1])).unflatten(2, (-1, block_size[0]))
+
+    some, every = blocks(False).any(5).any(3), blocks(True).all(5).all(3)
+    kinds = some.to(torch.int8) + (some & every).to(torch.int8)
+
+    def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return pairs[b, h, q_idx, kv_idx]
+
+    return from_kinds(kinds, (q_length, kv_length), block_size, mask_mod)
 
 
 def _lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
