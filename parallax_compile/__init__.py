@@ -8,9 +8,10 @@
 
 from __future__ import annotations
 
-from . import errors, masks, mods, nn
+from . import caches, errors, masks, mods, nn
 from .attention import AuxOutput, AuxRequest, attention, flex_attention
 from .compiler import parallax_compile
+from .decoding import decode
 from .explanation import Explanation, explain
 from .inspection import Inspection, inspect
 from .lowering.scan import State
@@ -57,6 +58,8 @@ __all__ = [
     "State",
     "Zero",
     "attention",
+    "caches",
+    "decode",
     "errors",
     "explain",
     "family",

@@ -6,7 +6,11 @@ import functools
 from pathlib import Path
 
 _HERE = Path(__file__).parent
-_SHARED = {"core": ("tiles", "core_shared"), "scan": ("tiles", "scan_shared")}
+_SHARED = {
+    "core": ("tiles", "core_shared"),
+    "scan": ("tiles", "scan_shared"),
+    "decode": ("tiles", "core_shared", "decode_shared"),
+}
 
 
 @functools.cache
