@@ -9,6 +9,7 @@ import torch
 from .. import templates
 from . import cpu
 from .candidates import decode_candidates, padded
+from .append import append  # noqa: F401  (its lowering is here)
 from .decode import as_core, attention_decode, empty_statistics
 from .inductor import (
     LN2,
@@ -38,10 +39,18 @@ def _rows(batch: Any, heads: Any, meta: dict[str, Any]) -> tuple[Any, Any, Any]:
     return (batch, heads, meta["ROWS_USED"])
 
 
+@inductor.SymbolicGridFn
+def _new_keys(batch: Any, heads: Any, keys: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, Any, Any]:
+    return (batch, heads, cdiv(keys, meta["APPEND_BLOCK"]))
+
+
 _TEMPLATES = {
+    "cache_append": inductor.template("parallax_cache_append", _new_keys, templates.load("cache_append")),
     "decode_split": inductor.template("parallax_decode_split", _splits, templates.load("decode_split")),
     "decode_merge": inductor.template("parallax_decode_merge", _rows, templates.load("decode_merge")),
 }
+_APPENDED_AT_ONCE = 16  # new keys that a program writes at once
+_APPENDED_ON_THE_WAY = 16  # new keys that a decode kernel writes itself, at most
 _BATCH_BLOCK = 256  # sequences whose lengths a program reads at once, at most
 _MERGED_NUMBERS = 8192  # of partial sums that a merge holds at once
 
@@ -58,7 +67,7 @@ def _operand(node: Any) -> Any:
 
 
 def _choose(
-    stage: str, inputs: dict[str, Any], layout: Any, mutated: list[Any], choices: list[Any], captured: list[Any], subgraphs: Any
+    stage: str, inputs: dict[str, Any], layout: Any, choices: list[Any], captured: list[Any], subgraphs: list[Any]
 ) -> Any:
     tensors = [node for node in (*inputs.values(), *captured) if isinstance(node, inductor.ir.IRNode)]
     generators = {}
@@ -77,6 +86,100 @@ def _choose(
 def _filled(node: Any, value: int) -> torch.Tensor:
     sizes = inductor.V.graph.sizevars.optimization_hints(node.get_size())
     return torch.full([int(size) for size in sizes], value, dtype=node.get_dtype(), device=node.get_device())
+
+
+def _cache_switches(inputs: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """What a template must know of the caches ``K``, ``V``."""
+    guard = inductor.V.graph.sizevars.guard_int
+    key = inputs["K"]
+    width, value_width = guard(key.get_size()[3]), guard(inputs["V"].get_size()[3])
+    eight_bits = key.get_dtype().itemsize == 1
+    return {
+        "D": width,
+        "DV": value_width,
+        "D_PAD": padded(width),
+        "DV_PAD": padded(value_width),
+        "PAGED": "PAGES" in inputs,
+        "PAGE_SIZE": guard(key.get_size()[1]) if "PAGES" in inputs else 0,
+        "EIGHT_BITS": eight_bits,
+        "LARGEST": torch.finfo(key.get_dtype()).max if eight_bits else 0.0,
+        "HAS_KEY_SCALE": "KEY_SCALE" in inputs,
+        "HAS_VALUE_SCALE": "VALUE_SCALE" in inputs,
+        "KEY_FACTOR": options["key_factor"],
+        "VALUE_FACTOR": options["value_factor"],
+        "APPEND_BLOCK": _APPENDED_AT_ONCE,
+    }
+
+
+# --- append ---------------------------------------------------------------------------------------------------------
+
+
+def _pending() -> dict[Any, tuple[Any, Any]]:
+    """New keys and values of the graph being lowered that a decode node still to come writes on its way, by that node."""
+    return inductor.V.graph.__dict__.setdefault("parallax_pending_appends", {})
+
+
+def _reader_on_the_way(node: torch.fx.Node, new_keys: Any) -> torch.fx.Node | None:
+    """The decode node that may write what the append ``node`` does: the first to read its caches, and for the same append.
+
+    Only of caches that are inputs of the graph is it known that nothing else sees their memory under another name.
+    """
+    key_cache, value_cache, _, _, lengths, *paging = node.args[:8]
+    if not (isinstance(new_keys, int) and new_keys <= _APPENDED_ON_THE_WAY):
+        return None
+    caches: Any = (key_cache, value_cache)
+    if any(cache.op != "placeholder" for cache in caches) or key_cache is value_cache:
+        return None
+    following = node.next
+    while following.op != "root":
+        if any(cache in following.all_input_nodes for cache in caches):
+            break
+        following = following.next
+    if following.op == "root" or following.target is not attention_decode:
+        return None
+    given = following.args
+    same = (*given[1:3], given[4], *given[5:8]) == (*caches, lengths, *paging)
+    reads_only_there = all(cache not in (given[0], given[3]) for cache in caches)
+    return following if same and reads_only_there and given[15]["new_keys"] == new_keys else None
+
+
+@inductor.register_lowering(torch.ops.parallax.append.default, type_promotion_kind=None)
+def _lower_append(*arguments: Any) -> Any:
+    """Inductor's lowering of :data:`~.append.append`."""
+    key_cache, value_cache, key, value, lengths, pages, key_scale, value_scale, key_factor, value_factor, _ = arguments
+    if key_cache.get_device().type == "cpu":
+        # In plain torch, as an operator of its own: inlined, Inductor would make copies of the caches.
+        return inductor.fallback_handler(torch.ops.parallax.append.default, add_to_fallback_set=False)(*arguments)
+    node, new_keys = inductor.V.graph.current_node, _int(key.get_size()[2])
+    reader = _reader_on_the_way(node, new_keys)
+    if reader is not None:
+        _pending()[reader] = (key, value)
+        return None
+    operands = {"KEY": key, "VALUE": value, "K": key_cache, "V": value_cache, "LENGTHS": lengths, "PAGES": pages}
+    operands |= {"KEY_SCALE": key_scale, "VALUE_SCALE": value_scale}
+    inputs = {name: _operand(operand) for name, operand in operands.items() if operand is not None}
+    ir = inductor.ir
+    layout = ir.FixedLayout(key_cache.get_device(), torch.int32, [1], [1])
+    batch, heads, length, _ = key.get_size()
+    choices: list[Any] = []
+    error = _TEMPLATES["cache_append"].maybe_append_choice(
+        choices,
+        input_nodes=list(inputs.values()),
+        layout=layout,
+        mutated_inputs=[inputs["K"], inputs["V"]],
+        call_sizes=[batch, heads, length],
+        num_warps=4,
+        num_stages=1,
+        NEW_KEYS=length,
+        **_cache_switches(inputs, {"key_factor": key_factor, "value_factor": value_factor}),
+    )
+    if error is not None:
+        raise error
+    _choose("cache_append", inputs, layout, choices, [], [])
+    return None
+
+
+# --- decode ---------------------------------------------------------------------------------------------------------
 
 
 @inductor.register_lowering(attention_decode, type_promotion_kind=None)
@@ -99,8 +202,8 @@ def _lower_decode(*arguments: Any) -> Any:
     batch, q_heads, q_length, width = query.get_size()
     q_heads, q_length, width, value_width = map(guard, (q_heads, q_length, width, value.get_size()[3]))
     paged = pages is not None
-    kv_heads = guard(key.get_size()[2 if paged else 1])
-    page_size = guard(key.get_size()[1]) if paged else 0
+    cache = _cache_switches(inputs, options)
+    kv_heads, page_size = guard(key.get_size()[2 if paged else 1]), cache["PAGE_SIZE"]
     capacity = _int(key.get_size()[2]) if not paged else _int(pages.get_size()[1])
     if paged and capacity is not None:
         capacity *= page_size
@@ -115,10 +218,7 @@ def _lower_decode(*arguments: Any) -> Any:
         "SCALE": scale,
         "GQA": group,
         "Q_LEN": q_length,
-        "D": width,
-        "DV": value_width,
-        "D_PAD": padded(width),
-        "DV_PAD": padded(value_width),
+        **cache,
         "HAS_PROBE": has_probe,
         "PROBE_SPLIT": has_probe and probe.get_dtype().itemsize > query.get_dtype().itemsize,
         "INTERCEPT": intercept,
@@ -128,12 +228,6 @@ def _lower_decode(*arguments: Any) -> Any:
         "HAS_WINDOW": window is not None,
         "BEHIND": window or 0,
         "NEW_KEYS": options["new_keys"],
-        "PAGED": paged,
-        "PAGE_SIZE": page_size,
-        "HAS_KEY_SCALE": key_scale is not None,
-        "HAS_VALUE_SCALE": value_scale is not None,
-        "KEY_FACTOR": options["key_factor"],
-        "VALUE_FACTOR": options["value_factor"],
         "SAVE_STATISTICS": save_statistics,
         "PRECISION": precision(),
         "LOG2E": LOG2E,
@@ -188,7 +282,11 @@ def _lower_decode(*arguments: Any) -> Any:
         written = dict(partial)
     if save_statistics and merge != "stage":
         written |= statistics
+    new = _pending().pop(inductor.V.graph.current_node, None)
+    if new is not None:
+        split_inputs |= {name: _operand(node) for name, node in zip(("KEY", "VALUE"), new, strict=True)}
     split_inputs |= written
+    mutated = [*written.values(), *((inputs["K"], inputs["V"]) if new is not None else ())]
     layout = out_layout
     if merge == "stage":
         ir = inductor.ir
@@ -203,6 +301,7 @@ def _lower_decode(*arguments: Any) -> Any:
             "BLOCK_N": candidate.block_n,
             "SLOTS": own.slots,
             "LEAST_TILES": own.least_tiles,
+            "APPENDS": new is not None,
             "SPLIT": merge != "none",
             "MERGE_HERE": merge == "kernel",
             "ONE_PAGE": paged and page_size % candidate.block_n == 0,
@@ -213,7 +312,7 @@ def _lower_decode(*arguments: Any) -> Any:
             input_nodes=list(split_inputs.values()),
             layout=layout,
             subgraphs=subgraphs,
-            mutated_inputs=list(written.values()),
+            mutated_inputs=mutated,
             call_sizes=[own.programs, heads],
             num_warps=candidate.num_warps,
             num_stages=candidate.num_stages,
@@ -222,7 +321,7 @@ def _lower_decode(*arguments: Any) -> Any:
         )
         if error is not None:
             raise error
-    first = _choose("decode_split", split_inputs, layout, list(written.values()), choices, captured, subgraphs)
+    first = _choose("decode_split", split_inputs, layout, choices, captured, subgraphs)
     if merge != "stage":
         return first, statistics["LSE"], statistics["PROBE_MEAN"]
     merge_inputs = {"STATE": first, "PARTIAL": partial["PARTIAL"], "LENGTHS": inputs["LENGTHS"]}
@@ -245,7 +344,7 @@ def _lower_decode(*arguments: Any) -> Any:
     )
     if error is not None:
         raise error
-    out = _choose("decode_merge", merge_inputs, out_layout, [], choices, [], [])
+    out = _choose("decode_merge", merge_inputs, out_layout, choices, [], [])
     return out, statistics["LSE"], statistics["PROBE_MEAN"]
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import caches, validation
+from . import validation
 from .attention import (
     AuxOutput,
     ScoreMod,
@@ -30,6 +30,7 @@ from .cache_validation import check_call, check_values
 from .errors import InputTypeError
 from .lowering import decode as lowered
 from .lowering import probes
+from .lowering.append import append
 from .lowering.cache_key import CACHE_SALT
 from .lowering.operator import statistics_dtype
 from .lowering.torch_compat import mark_static, raise_input
@@ -120,7 +121,7 @@ def decode(
     if key is not None and value is not None:
         new_keys = key.size(2)
         if key.numel() and value.numel():
-            caches.append((key_cache, value_cache), (key, value), lengths, page_table, (scales[0], scales[1]))
+            append(key_cache, value_cache, key, value, lengths, page_table, *_apart(scales), CACHE_SALT)
     score_mod = _compose(spec.score_mod, score_mod)
     covariance_mod = _compose(spec.covariance_mod, covariance_mod)
     if not compiled:
@@ -160,6 +161,13 @@ def _scale(factor: Tensor | float | None, batch: int, heads: int) -> Tensor | fl
     if factor is None:
         return 1.0
     return factor.expand(batch, heads) if isinstance(factor, Tensor) else float(factor)
+
+
+def _apart(scales: list[Tensor | float]) -> tuple[Tensor | None, Tensor | None, float, float]:
+    """The scales that are tensors, and those that are numbers."""
+    tensors = [factor if isinstance(factor, Tensor) else None for factor in scales]
+    numbers = [1.0 if isinstance(factor, Tensor) else factor for factor in scales]
+    return tensors[0], tensors[1], numbers[0], numbers[1]
 
 
 def _total(call: _Call, cached: _Cached) -> Tensor:
@@ -206,11 +214,10 @@ def _fused(call: _Call, cached: _Cached) -> tuple[Tensor, AuxOutput]:
         stage = _probe_stage(call, cached)
         probe = stage.probe
     score_mod = _identity if call.score_mod is None else call.score_mod
-    tensors = [factor if isinstance(factor, Tensor) else None for factor in (cached.key_scale, cached.value_scale)]
-    numbers = [1.0 if isinstance(factor, Tensor) else factor for factor in (cached.key_scale, cached.value_scale)]
+    key_scale, value_scale, *factors = _apart([cached.key_scale, cached.value_scale])
     options = dict(call.kernel_options) if call.kernel_options is not None else {}
     options |= {"new_keys": cached.new_keys, "window": reach(spec.mask_mod), "cache_salt": CACHE_SALT}
-    options |= {"key_factor": numbers[0], "value_factor": numbers[1]}
+    options |= {"key_factor": factors[0], "value_factor": factors[1]}
     statistics = call.request.lse or call.request.probe_mean
     out, lse, mean = lowered.attention_decode(
         query,
@@ -219,7 +226,8 @@ def _fused(call: _Call, cached: _Cached) -> tuple[Tensor, AuxOutput]:
         probe,
         cached.lengths,
         cached.page_table,
-        *tensors,
+        key_scale,
+        value_scale,
         lowered.counters_of(query.device),
         _uniform if spec.bandwidth.kind == "infinite" else score_mod,
         _identity if call.covariance_mod is None else call.covariance_mod,

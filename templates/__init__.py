@@ -10,6 +10,7 @@ _SHARED = {
     "core": ("tiles", "core_shared"),
     "scan": ("tiles", "scan_shared"),
     "decode": ("tiles", "core_shared", "decode_shared"),
+    "cache": ("decode_shared",),
 }
 
 
