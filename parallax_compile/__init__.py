@@ -15,6 +15,7 @@ from .decoding import decode
 from .explanation import Explanation, explain
 from .inspection import Inspection, inspect
 from .lowering.scan import State
+from .recurrent import decode_state, empty_state
 from .spec import (
     AFFINE_LINEAR,
     AFFINE_MESA,
@@ -60,6 +61,8 @@ __all__ = [
     "attention",
     "caches",
     "decode",
+    "decode_state",
+    "empty_state",
     "errors",
     "explain",
     "family",

@@ -119,6 +119,59 @@ def test_the_layout_of_flex_paged_attention() -> None:
         plx.caches.flex_pages(key_cache, 7)
 
 
+# --- a state of constant size ---------------------------------------------------------------------------------------
+
+STATES = {
+    "value average": plx.VALUE_AVERAGE,
+    "affine linear": plx.AFFINE_LINEAR,
+    "linear": plx.LINEAR,
+    "affine mesa": plx.AFFINE_MESA,
+    "mesa, summed ridge": plx.MESA.replace(probe=plx.Solved(0.3, ridge_scale="sum")),
+    "gradient": plx.AFFINE_LINEAR.replace(probe=plx.Gradient(steps=3)),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_state_gives_what_all_keys_give(name: str) -> None:
+    spec = STATES[name]
+    query, key, value, probe = (torch.randn(2, heads, 9, 6, dtype=torch.float64) for heads in (4, 2, 2, 4))
+    probe = probe if spec.probe.kind == "learned" else None
+    want = plx.attention(query, key, value, probe, spec=spec.replace(mask_mod=CAUSAL), enable_gqa=True)
+    state = plx.empty_state(spec, 2, 2, 6, dtype=torch.float64)
+    found, start = [], 0
+    for count in (1, 3, 5):
+        rows = slice(start, start + count)
+        parts = (None if x is None else x[:, :, rows] for x in (query, key, value, probe))
+        found.append(plx.decode_state(*parts, state=state, spec=spec))  # type: ignore[arg-type]
+        start += count
+    assert relative_error(torch.cat(found, 2), want) < 1e-9
+    assert (state.count == 9).all()
+
+
+def test_a_compiled_state_is_written_in_place() -> None:
+    spec, parts = plx.AFFINE_LINEAR, [torch.randn(2, heads, 1, 6) for heads in (4, 2, 2, 4)]
+    mine, theirs = (plx.empty_state(spec, 2, 2, 6) for _ in range(2))
+    step = torch.compile(lambda state, *x: plx.decode_state(*x, state=state, spec=spec), fullgraph=True)
+    for _ in range(2):
+        got, want = step(mine, *parts), plx.decode_state(*parts, state=theirs, spec=spec)
+    assert relative_error(got, want) < 1e-6
+    assert all(relative_error(a, b) < 1e-6 for a, b in zip(mine[:4], theirs[:4], strict=True))
+
+
+def test_wrong_states() -> None:
+    x = torch.randn(1, 2, 1, 6)
+    for spec, message in ((plx.SOFTMAX, "infinite bandwidth"), (plx.LINEAR.replace(mask_mod=WINDOW), "causal")):
+        with pytest.raises(InputError, match=message):
+            plx.empty_state(spec, 1, 2, 6)
+    state = plx.empty_state(plx.LINEAR, 1, 2, 6)
+    with pytest.raises(InputError, match=r"state.key_key"):
+        plx.decode_state(x, x, x, state=state, spec=plx.MESA)
+    with pytest.raises(InputError, match="from 1 to 64"):
+        plx.decode_state(x.expand(1, 2, 65, 6), *[x.expand(1, 2, 65, 6)] * 3, state=state, spec=plx.LINEAR)
+    with pytest.raises(UnsupportedError, match="no gradient"):
+        plx.decode_state(x.requires_grad_(), x.detach(), x.detach(), x.detach(), state=state, spec=plx.LINEAR)
+
+
 # --- wrong calls ----------------------------------------------------------------------------------------------------
 
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
