@@ -11,12 +11,14 @@ Needs a CUDA GPU; ``--check`` compares our results with the float64 reference in
 from __future__ import annotations
 
 import argparse
+import ast
 import concurrent.futures
 import importlib
 import importlib.util
 import itertools
 import json
 import multiprocessing
+import re
 import statistics
 import sys
 import time
@@ -32,6 +34,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 import parallax_compile as plx
+from parallax_compile.lowering.codegen import fresh
 from parallax_compile.lowering.targets import resolve
 
 L2_TIMES = 4  # rotating caches hold at least this many times the L2 cache
@@ -151,7 +154,7 @@ def ours(spec: plx.AttentionSpec, options: dict[str, Any] | None = None) -> Call
                 q, k, v, r, spec=chosen, cache_seqlens=lengths, page_table=table, kernel_options=options
             )
 
-        compiled = torch.compile(call, fullgraph=True, dynamic=False)
+        compiled = torch.compile(fresh(call), fullgraph=True, dynamic=False)
         probe = spec.probe.kind == "learned"
         return lambda s: compiled(s.query, s.key, s.value, s.probe if probe else None, s.lengths, s.table)
 
@@ -374,18 +377,20 @@ def goals(record: dict[str, Any]) -> list[list[Any]]:
 
 # --- sweep ----------------------------------------------------------------------------------------------------------
 
-SWEEP = [
-    {"BLOCK_N": n, "num_warps": warps, "num_stages": stages, "PROGRAMS_PER_SM": programs}
-    for n, warps, stages, programs in (
-        (64, 4, 3, 2), (64, 4, 4, 2), (64, 4, 2, 3), (64, 4, 3, 4), (32, 4, 4, 2), (32, 4, 4, 4), (32, 4, 6, 2), (32, 2, 4, 4),
-        (32, 2, 6, 4), (128, 4, 2, 1), (128, 4, 3, 1), (128, 8, 3, 1), (64, 4, 5, 1), (64, 8, 4, 2), (16, 2, 6, 4), (16, 1, 6, 8),
-        (32, 1, 4, 4),
+SWEEP: list[dict[str, Any]] = [
+    {"BLOCK_N": n, "num_warps": warps, "num_stages": stages, "PROGRAMS_PER_SM": programs, "USE_TMA": tma}
+    for n, warps, stages, programs, tma in (
+        (64, 4, 3, 1, False), (64, 4, 3, 2, False), (64, 4, 4, 2, False), (64, 4, 3, 4, False), (64, 4, 5, 1, False),
+        (64, 4, 3, 1, True), (64, 4, 3, 2, True), (64, 4, 4, 2, True), (64, 4, 3, 4, True), (64, 4, 5, 1, True),
+        (128, 4, 3, 1, True), (128, 8, 3, 1, True), (128, 8, 3, 2, True), (128, 8, 3, 1, False),
+        (32, 4, 4, 2, False), (32, 4, 4, 4, False), (32, 4, 4, 4, True), (32, 2, 4, 4, False), (32, 2, 4, 4, True), (32, 2, 6, 2, True),
+        (64, 8, 3, 2, True), (16, 2, 6, 4, False), (32, 1, 4, 8, False), (64, 2, 4, 2, True),
     )
 ]  # fmt: skip
 
 
 def label(options: dict[str, Any]) -> str:
-    return " ".join(f"{value}" for value in options.values())
+    return " ".join(str(int(value)) for value in options.values())
 
 
 def _warm(task: tuple[str, dict[str, Any] | None, str]) -> None:
@@ -406,13 +411,87 @@ def warm(tasks: list[tuple[str, dict[str, Any] | None, str]], workers: int) -> N
                 print(f"{task}: {type(error).__name__}: {str(error)[-300:]}")
 
 
-def sweep(names: list[str], chosen: list[dict[str, Any]], rounds: int) -> dict[str, dict[str, float | str]]:
-    """Microseconds of each candidate on each case."""
-    table: dict[str, dict[str, float | str]] = {}
+def _tensors(case: Case, device: str) -> list[Tensor | None]:
+    """The arguments of a decode call without values."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    shape = (case.batch, case.kv_heads, case.length, case.width)
+    if case.page:
+        shape = (case.batch * case.length // case.page, case.page, case.kv_heads, case.width)
+    rows = (case.batch, case.q_heads, case.queries, case.width)
+    table = empty(case.batch, case.length // case.page, dtype=torch.int32) if case.page else None
+    keys = [empty(*shape, dtype=case.dtype) for _ in range(2)]
+    return [empty(*rows), *keys, empty(*rows), empty(case.batch, dtype=torch.int32), table]
+
+
+def _generated(task: tuple[str, dict[str, Any]]) -> str:
+    """The wrapper that Inductor generates for a candidate; its kernels are compiled into Triton's cache on the way."""
+    from parallax_compile.lowering import codegen, cubin
+
+    name, options = task
+    case = cases()[name]
+    spec = plx.PARALLAX.replace(mask_mod=plx.masks.causal()) if case.queries > 1 else plx.PARALLAX
+
+    def call(q: Tensor, k: Tensor, v: Tensor, r: Tensor, lengths: Tensor, table: Tensor | None) -> Tensor:
+        return plx.decode(q, k, v, r, spec=spec, cache_seqlens=lengths, page_table=table, kernel_options=options)
+
+    code = codegen.generate(call, _tensors(case, "meta"), target="auto", backward=False)
+    for kernel in code.kernels:
+        cubin.compile_kernel(kernel)
+    return code.wrappers[0]
+
+
+def _runnable(wrapper: str) -> Call:
+    """The call of a generated wrapper, whose arguments it tells apart by shape."""
+    from parallax_compile.lowering.decode import counters_of
+
+    module: dict[str, Any] = {"__name__": "generated_wrapper"}
+    exec(compile(wrapper, "<generated wrapper>", "exec"), module)
+    shapes = {name: ast.literal_eval(shape) for name, shape in re.findall(r"(arg\d+_1) = rand_strided\((\([^)]*\)), ", wrapper)}
+    order = re.search(r"^ +((?:arg\d+_1, )*arg\d+_1),? = args$", wrapper, re.MULTILINE)
+    assert order is not None
+    names = order.group(1).split(", ")
+    counters = counters_of(torch.device("cuda", 0))
+
+    def call(s: Set) -> Tensor:
+        given = [s.query, s.key, s.value, s.probe, s.lengths, s.table, counters]
+        rest = [tensor for tensor in given if tensor is not None]
+        arguments = []
+        for name in names:
+            position = next(i for i, tensor in enumerate(rest) if tuple(tensor.shape) == tuple(shapes[name]))
+            arguments.append(rest.pop(position))
+        return module["call"](arguments)[0]
+
+    return call
+
+
+def sweep(names: list[str], chosen: list[dict[str, Any]], rounds: int, workers: int) -> dict[str, dict[str, Any]]:
+    """Microseconds of each candidate on each case, generated and compiled in other processes first."""
+    tasks = [(name, options) for name in names for options in chosen]
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(max(1, workers), mp_context=context) as pool:
+        made = {(name, label(options)): pool.submit(_generated, (name, options)) for name, options in tasks}
+    table: dict[str, dict[str, Any]] = {name: {} for name in names}
     for name in names:
-        built = {label(options): ("parallax", None, ours(plx.PARALLAX, options)) for options in chosen}
-        found = measure(cases()[name], built, rounds)["contenders"]
-        table[name] = {key: round(row["us"], 2) if "us" in row else row.get("failed", "")[:60] for key, row in found.items()}
+        case = cases()[name]
+        count = sets_needed(case)
+        sets = make_sets(case, count)
+        calls = max(count, min(40, int(2e9 / case.bytes) // count * count or count))
+        graphs = {}
+        for key in map(label, chosen):
+            try:
+                graphs[key] = capture(_runnable(made[name, key].result()), sets, calls)
+            except Exception as error:  # what cannot run is a result
+                table[name][key] = f"{type(error).__name__}: {str(error)[:60]}"
+        samples: dict[str, list[float]] = {key: [] for key in graphs}
+        for _ in range(rounds):
+            for key, graph in graphs.items():
+                samples[key] += replays(graph, calls, 3)
+        table[name] |= {key: round(statistics.median(found), 2) for key, found in samples.items()}
+        del graphs, sets
+        torch.cuda.empty_cache()
     return table
 
 
@@ -449,11 +528,9 @@ def main() -> int:
     print(f"copy {record['copy_bytes_s'] / 1e12:.3f} TB/s, launch {record['launch_us']:.2f} us", flush=True)
     if arguments.sweep is not None:
         chosen = [SWEEP[i] for i in arguments.sweep] if arguments.sweep else SWEEP
-        if arguments.workers:
-            warm([(name, options, "PARALLAX") for name in names for options in chosen], arguments.workers)
-        record["sweep"] = sweep(names, chosen, arguments.rounds)
+        record["sweep"] = sweep(names, chosen, arguments.rounds, arguments.workers)
         rows = [[key, *(record["sweep"][name].get(key, "") for name in names)] for key in map(label, chosen)]
-        print(tabulate(rows, headers=["N warps stages programs", *names], disable_numparse=True))
+        print(tabulate(rows, headers=["N warps stages programs TMA", *names], disable_numparse=True))
         write()
         return 0
     contenders = {name: entry for name, entry in CONTENDERS.items() if not arguments.contender or name in arguments.contender}

@@ -300,12 +300,14 @@ class DecodeCandidate:
 
     Attributes:
         programs: of a multiprocessor, that the splits aim at.
+        tma: whether tiles are read through tensor descriptors by the copy engine, not by pointers.
     """
 
     block_n: int
     num_warps: int
     num_stages: int
     programs: int
+    tma: bool = False
 
 
 # (is a cached number of 16 bits, padded width up to) -> BLOCK_N, warps, stages, programs, best first. Other sizes of numbers scale.
@@ -325,6 +327,7 @@ _DECODE_FIELDS = {
     "num_warps": "num_warps",
     "num_stages": "num_stages",
     "PROGRAMS_PER_SM": "programs",
+    "USE_TMA": "tma",
 }
 
 
@@ -336,6 +339,7 @@ def decode_candidates(
     itemsize: int,
     cache_itemsize: int,
     shared_memory_limit: int,
+    tma: bool,
     options: Mapping[str, Any],
 ) -> list[DecodeCandidate]:
     """Feasible candidates of the decode kernel, best first, at least one.
@@ -343,14 +347,20 @@ def decode_candidates(
     Args:
         rows: rows of the stacked tile of queries and probes.
         itemsize, cache_itemsize: bytes of a number of the queries, and of the caches.
+        tma: whether the target has tensor descriptors and the caches are laid out as they need it.
         options: the user's ``kernel_options``.
 
     Raises:
-        InputError: the user's options exceed the target's shared memory.
+        InputError: the user's options exceed the target's shared memory, or ask for descriptors where there can be none.
     """
     d, dv = padded(width), padded(value_width)
     row = next(limit for limit in (64, 128, 256) if max(d, dv) <= limit)
     forced = {field: options[name] for name, field in _DECODE_FIELDS.items() if name in options}
+    if forced.get("tma") and not tma:
+        raise InputError(
+            "kernel_options[USE_TMA] of decode needs a GPU of capability 9.0 or more, and contiguous caches (no page table) whose "
+            "keys lie at multiples of 16 bytes. Leave it out."
+        )
 
     def memory(candidate: DecodeCandidate) -> int:
         stream = candidate.block_n * (d + dv) * cache_itemsize * max(1, candidate.num_stages)
@@ -360,7 +370,10 @@ def decode_candidates(
 
     found: list[DecodeCandidate] = []
     for values in _DECODE_TABLE[min(cache_itemsize, 4), row]:
-        candidate = replace(DecodeCandidate(*values), **forced)
+        candidate = DecodeCandidate(*values)  # type: ignore[arg-type]  # the fifth of a row is a bool
+        if candidate.tma and not tma and "tma" not in forced:
+            continue
+        candidate = replace(candidate, **forced)
         if candidate not in found:
             found.append(candidate)
     feasible = [candidate for candidate in found if memory(candidate) <= shared_memory_limit]

@@ -18,6 +18,7 @@ from .inductor import (
     _forward_mod,
     _inline,
     _realized,
+    _tma_possible,
     allocate,
     distinct,
     node_layouts,
@@ -247,6 +248,7 @@ def _lower_decode(*arguments: Any) -> Any:
             merge=options.get("MERGE"),
         )
 
+    new = _pending().pop(inductor.V.graph.current_node, None)
     stacked = cut(64, 1).rows * (2 if has_probe else 1)
     found = decode_candidates(
         rows=stacked,
@@ -255,6 +257,8 @@ def _lower_decode(*arguments: Any) -> Any:
         itemsize=query.get_dtype().itemsize,
         cache_itemsize=key.get_dtype().itemsize,
         shared_memory_limit=shared_memory_limit(device),
+        # The copy engine would not see what the program itself has just written.
+        tma=not paged and new is None and _tma_possible(device, [inputs["K"], inputs["V"]]),
         options=options,
     )
     cuts = [cut(candidate.block_n, candidate.programs) for candidate in found]
@@ -282,7 +286,6 @@ def _lower_decode(*arguments: Any) -> Any:
         written = dict(partial)
     if save_statistics and merge != "stage":
         written |= statistics
-    new = _pending().pop(inductor.V.graph.current_node, None)
     if new is not None:
         split_inputs |= {name: _operand(node) for name, node in zip(("KEY", "VALUE"), new, strict=True)}
     split_inputs |= written
@@ -301,6 +304,7 @@ def _lower_decode(*arguments: Any) -> Any:
             "BLOCK_N": candidate.block_n,
             "SLOTS": own.slots,
             "LEAST_TILES": own.least_tiles,
+            "USE_TMA": candidate.tma,
             "APPENDS": new is not None,
             "SPLIT": merge != "none",
             "MERGE_HERE": merge == "kernel",

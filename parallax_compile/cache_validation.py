@@ -15,7 +15,7 @@ from .validation import FLOATING
 
 EIGHT_BITS = torch.float8_e4m3fn
 INTEGERS = (torch.int32, torch.int64)
-KERNEL_OPTIONS = ("BLOCK_N", "num_warps", "num_stages", "PROGRAMS_PER_SM", "MERGE")
+KERNEL_OPTIONS = ("BLOCK_N", "num_warps", "num_stages", "PROGRAMS_PER_SM", "USE_TMA", "MERGE")
 
 
 def check_call(
@@ -257,6 +257,10 @@ def _check_options(options: Any, paged: bool) -> None:
         if name == "MERGE":
             if option not in ("kernel", "stage"):
                 raise_input(InputError, f"kernel_options[MERGE] must be 'kernel' or 'stage', but got {option}.")
+            continue
+        if name == "USE_TMA":
+            if not isinstance(option, bool):
+                raise_input(InputTypeError, f"kernel_options[{name}] must be a bool, but got {option}.")
             continue
         if not isinstance(option, int) or option < 1:
             raise_input(InputError, f"kernel_options[{name}] must be an integer of at least 1, but got {option}.")

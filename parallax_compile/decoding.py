@@ -89,6 +89,7 @@ def decode(
         check: check lengths and page table on the device too, which waits for it (not in compiled code). Otherwise lengths are
             clamped to the capacity, and entries of the page table to the cache.
         kernel_options: of the compiled kernel: ``BLOCK_N, num_warps, num_stages``; ``PROGRAMS_PER_SM``, that splits aim at;
+            ``USE_TMA`` (bool): read through tensor descriptors;
             ``MERGE``: "kernel" (the last program of a head merges its splits) or "stage" (a kernel of its own, which calls on
             two streams at once must take).
 
