@@ -29,13 +29,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from parallax_compile.lowering.codegen import fresh
+from parallax_compile.lowering.targets import resolve
 from record import environment
 from tabulate import tabulate
 from torch import Tensor
 
 import parallax_compile as plx
-from parallax_compile.lowering.codegen import fresh
-from parallax_compile.lowering.targets import resolve
 
 L2_TIMES = 4  # rotating caches hold at least this many times the L2 cache
 
@@ -150,9 +150,7 @@ def ours(spec: plx.AttentionSpec, options: dict[str, Any] | None = None) -> Call
         chosen = spec.replace(mask_mod=plx.masks.causal()) if case.queries > 1 else spec
 
         def call(q: Tensor, k: Tensor, v: Tensor, r: Tensor | None, lengths: Tensor, table: Tensor | None) -> Tensor:
-            return plx.decode(
-                q, k, v, r, spec=chosen, cache_seqlens=lengths, page_table=table, kernel_options=options
-            )
+            return plx.decode(q, k, v, r, spec=chosen, cache_seqlens=lengths, page_table=table, kernel_options=options)
 
         compiled = torch.compile(fresh(call), fullgraph=True, dynamic=False)
         probe = spec.probe.kind == "learned"
@@ -206,7 +204,11 @@ CONTENDERS: dict[str, tuple[str, str | None, Callable[[Case], Call]]] = {
     "softmax, cuDNN": ("softmax", None, _sdpa("CUDNN_ATTENTION")),
     "softmax, FA2": ("softmax", None, _sdpa("FLASH_ATTENTION")),
     "softmax, flex_attention": ("softmax", None, _flex),
-    "parallax, official CuTeDSL": ("parallax", "cutlass", _peer("parallax.cute.parallax_decode", "parallax_decode", (128**-0.5,))),
+    "parallax, official CuTeDSL": (
+        "parallax",
+        "cutlass",
+        _peer("parallax.cute.parallax_decode", "parallax_decode", (128**-0.5,)),
+    ),
     "parallax, official Helion": ("parallax", "helion", _peer("parallax.helion.parallax_decode", "parallax_decode")),
     "parallax, official Triton": ("parallax", "parallax", _peer("parallax.triton.parallax_decode", "parallax_decode")),
     "parallax, fla": ("parallax", "fla", _peer("fla.ops.parallax.decode", "parallax_decode_one_step")),
@@ -278,7 +280,9 @@ def host_time(call: Call, s: Set, repeats: int = 200) -> float:
     return spent
 
 
-def measure(case: Case, names: dict[str, tuple[str, str | None, Callable[[Case], Call]]], rounds: int) -> dict[str, Any]:
+def measure(
+    case: Case, names: dict[str, tuple[str, str | None, Callable[[Case], Call]]], rounds: int
+) -> dict[str, Any]:
     """Times of the contenders on one case, in interleaved rounds."""
     count = sets_needed(case)
     sets = make_sets(case, count)
@@ -371,8 +375,18 @@ def goals(record: dict[str, Any]) -> list[list[Any]]:
             if base is None:
                 continue
         ratio = mine / base
-        rows.append([name, f"{mine:.2f}", compared, f"{base:.2f}", f"{ratio:.3f}", f"{case.goal:.3f}", "met" if ratio <= case.goal else "short"])
+        numbers = [f"{mine:.2f}", compared, f"{base:.2f}", f"{ratio:.3f}", f"{case.goal:.3f}"]
+        rows.append([name, *numbers, "met" if ratio <= case.goal else "short"])
     return rows
+
+
+def case_row(name: str, row: dict[str, Any]) -> list[Any]:
+    """A contender's line of the table of a case."""
+    cells = [
+        f"{row[key]:{form}}" if key in row else ""
+        for key, form in (("us", ".2f"), ("host_us", ".1f"), ("error", ".1e"))
+    ]
+    return [name, *cells, row.get("same_bits", ""), row.get("failed", row.get("absent", ""))[:80]]
 
 
 # --- sweep ----------------------------------------------------------------------------------------------------------
@@ -383,8 +397,8 @@ SWEEP: list[dict[str, Any]] = [
         (64, 4, 3, 1, False), (64, 4, 3, 2, False), (64, 4, 4, 2, False), (64, 4, 3, 4, False), (64, 4, 5, 1, False),
         (64, 4, 3, 1, True), (64, 4, 3, 2, True), (64, 4, 4, 2, True), (64, 4, 3, 4, True), (64, 4, 5, 1, True),
         (128, 4, 3, 1, True), (128, 8, 3, 1, True), (128, 8, 3, 2, True), (128, 8, 3, 1, False),
-        (32, 4, 4, 2, False), (32, 4, 4, 4, False), (32, 4, 4, 4, True), (32, 2, 4, 4, False), (32, 2, 4, 4, True), (32, 2, 6, 2, True),
-        (64, 8, 3, 2, True), (16, 2, 6, 4, False), (32, 1, 4, 8, False), (64, 2, 4, 2, True),
+        (32, 4, 4, 2, False), (32, 4, 4, 4, False), (32, 4, 4, 4, True), (32, 2, 4, 4, False), (32, 2, 4, 4, True),
+        (32, 2, 6, 2, True), (64, 8, 3, 2, True), (16, 2, 6, 4, False), (32, 1, 4, 8, False), (64, 2, 4, 2, True),
     )
 ]  # fmt: skip
 
@@ -449,7 +463,8 @@ def _runnable(wrapper: str) -> Call:
 
     module: dict[str, Any] = {"__name__": "generated_wrapper"}
     exec(compile(wrapper, "<generated wrapper>", "exec"), module)
-    shapes = {name: ast.literal_eval(shape) for name, shape in re.findall(r"(arg\d+_1) = rand_strided\((\([^)]*\)), ", wrapper)}
+    found = re.findall(r"(arg\d+_1) = rand_strided\((\([^)]*\)), ", wrapper)
+    shapes = {name: ast.literal_eval(shape) for name, shape in found}
     order = re.search(r"^ +((?:arg\d+_1, )*arg\d+_1),? = args$", wrapper, re.MULTILINE)
     assert order is not None
     names = order.group(1).split(", ")
@@ -483,7 +498,7 @@ def sweep(names: list[str], chosen: list[dict[str, Any]], rounds: int, workers: 
         for key in map(label, chosen):
             try:
                 graphs[key] = capture(_runnable(made[name, key].result()), sets, calls)
-            except Exception as error:  # what cannot run is a result
+            except Exception as error:  # noqa: PERF203  (what cannot run is a result)
                 table[name][key] = f"{type(error).__name__}: {str(error)[:60]}"
         samples: dict[str, list[float]] = {key: [] for key in graphs}
         for _ in range(rounds):
@@ -533,7 +548,9 @@ def main() -> int:
         print(tabulate(rows, headers=["N warps stages programs TMA", *names], disable_numparse=True))
         write()
         return 0
-    contenders = {name: entry for name, entry in CONTENDERS.items() if not arguments.contender or name in arguments.contender}
+    contenders = {
+        name: entry for name, entry in CONTENDERS.items() if not arguments.contender or name in arguments.contender
+    }
     if arguments.workers:
         members = [entry.split(",")[0].upper() for entry in contenders if "ours" in entry]
         warm([(name, None, member) for name in names for member in members], arguments.workers)
@@ -545,16 +562,15 @@ def main() -> int:
         found["floor_peak_us"] = case.bytes / peak.bandwidth * 1e6 if peak else None
         record["cases"].append(found)
         write()
-        rows = [
-            [other, *(f"{row[key]:{form}}" if key in row else "" for key, form in (("us", ".2f"), ("host_us", ".1f"), ("error", ".1e"))),
-             row.get("same_bits", ""), row.get("failed", row.get("absent", ""))[:80]]
-            for other, row in found["contenders"].items()
-        ]  # fmt: skip
-        print(f"\n{name}: floors {found['floor_peak_us'] or 0:.1f} (peak), {found['floor_copy_us']:.1f} us (copy), {found['caches']} caches")
-        print(tabulate(rows, headers=["contender", "us", "host us", "error", "same bits", ""], disable_numparse=True), flush=True)
+        rows = [case_row(other, row) for other, row in found["contenders"].items()]
+        peak_us, copy_us = found["floor_peak_us"] or 0.0, found["floor_copy_us"]
+        print(f"\n{name}: floors {peak_us:.1f} us (peak), {copy_us:.1f} us (copy), {found['caches']} caches")
+        headers = ["contender", "us", "host us", "error", "same bits", ""]
+        print(tabulate(rows, headers=headers, disable_numparse=True), flush=True)
     record["goals"] = goals(record)
     write()
-    print("\n" + tabulate(record["goals"], headers=["case", "ours us", "compared with", "its us", "ratio", "goal", ""], disable_numparse=True))
+    headers = ["case", "ours us", "compared with", "its us", "ratio", "goal", ""]
+    print("\n" + tabulate(record["goals"], headers=headers, disable_numparse=True))
     return 0
 
 

@@ -3,9 +3,10 @@
     python examples/generate.py [--device auto] [--requests 6] [--rows 3] [--tokens 24] [--quick] [--no-compile]
 
 A small Parallax language model over bytes with random weights. A request takes a free row of the batch; its prompt is read in
-chunks (prefill), then every step makes one token of every row (decode). Both are one call of ``model.decode``: new keys go to the
-request's pages as they are attended to. On a GPU the step is a CUDA graph, replayed while the lengths on the device grow. At the end
-each request's tokens are compared with those of the model's ordinary forward, which has no cache.
+chunks (prefill), then every step makes one token of every row (decode). Both are one call of ``model.decode``: new
+keys go to the request's pages as they are attended to. On a GPU the step is a CUDA graph, replayed while the lengths
+on the device grow. At the end each request's tokens are compared with those of the model's ordinary forward, which
+has no cache.
 
 Exits with 1 when a token differs.
 """
@@ -42,7 +43,9 @@ class Request:
 class PagedCache:
     """Pages of keys and values for every layer, and which of them belong to which row of the batch."""
 
-    def __init__(self, model: LanguageModel, pages: int, rows: int, most_pages: int, device: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: LanguageModel, pages: int, rows: int, most_pages: int, device: str, dtype: torch.dtype
+    ) -> None:
         attention = model.blocks[0].attention
         shape = (pages, PAGE, attention.num_kv_heads, attention.head_dim)
         self.layers = [tuple(torch.zeros(2, *shape, device=device, dtype=dtype).unbind(0)) for _ in model.blocks]
@@ -168,7 +171,9 @@ def main() -> int:
         for i in range(arguments.requests)
     ]
     longest = max(len(request.prompt) + request.wanted for request in requests)
-    model = LanguageModel(spec=plx.PARALLAX, width=width, layers=layers, heads=arguments.heads, context=longest).to(device)
+    model = LanguageModel(spec=plx.PARALLAX, width=width, layers=layers, heads=arguments.heads, context=longest).to(
+        device
+    )
     for parameter in (model.head.weight, *(block.attention.r_proj.weight for block in model.blocks)):
         nn.init.normal_(parameter, std=width**-0.5)  # they start at zero, which would make every token the same
     most_pages = -(-longest // PAGE)

@@ -55,7 +55,7 @@ class LanguageModel(nn.Module):
     def decode(
         self, tokens: Tensor, caches: list[tuple[Tensor, Tensor]], lengths: Tensor, page_table: Tensor
     ) -> Tensor:
-        """Logits ``[B, L, 256]`` of new tokens ``[B, L]`` behind the ``lengths [B]`` ones in the caches (one for each block)."""
+        """Logits ``[B, L, 256]`` of new tokens ``[B, L]`` behind the ``lengths [B]`` ones in the caches of the blocks."""
         x = self.embedding(tokens)
         for block, cache in zip(self.blocks, caches, strict=True):
             x = block.decode(x, cache, lengths, page_table)

@@ -1,13 +1,14 @@
 """The operator that writes new keys and values into caches, behind those that each sequence has.
 
-Compiled for a GPU it is a kernel of its own, or a part of the decode kernel that reads the same caches next (:mod:`.inductor_decode`);
-here it is in plain torch, without a word from the device: what it must leave out it does not know.
+Compiled for a GPU it is a kernel of its own, or a part of the decode kernel that reads the same caches next
+(:mod:`.inductor_decode`). Here it is in plain torch, without a word from the device: what it must leave out it does not know.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
 
 def _append(
     key_cache: Tensor,

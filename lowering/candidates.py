@@ -310,7 +310,8 @@ class DecodeCandidate:
     tma: bool = False
 
 
-# (is a cached number of 16 bits, padded width up to) -> BLOCK_N, warps, stages, programs, best first. Other sizes of numbers scale.
+# (bytes of a cached number, padded width up to) -> BLOCK_N, warps, stages, programs, tma, best first. Of the 16-bit rows up to
+# 128 a search on an H100 found the order (benchmarks/decode.py --sweep).
 _DECODE_TABLE: dict[tuple[int, int], _Row] = {
     (2, 64): ((64, 4, 4, 2), (128, 4, 3, 2), (64, 4, 3, 4), (32, 4, 4, 4)),
     (2, 128): ((64, 4, 3, 2), (32, 4, 4, 4), (64, 4, 4, 1), (128, 8, 3, 1), (32, 2, 4, 4)),
@@ -358,8 +359,8 @@ def decode_candidates(
     forced = {field: options[name] for name, field in _DECODE_FIELDS.items() if name in options}
     if forced.get("tma") and not tma:
         raise InputError(
-            "kernel_options[USE_TMA] of decode needs a GPU of capability 9.0 or more, and contiguous caches (no page table) whose "
-            "keys lie at multiples of 16 bytes. Leave it out."
+            "kernel_options[USE_TMA] of decode needs a GPU of capability 9.0 or more, contiguous caches (no page table) whose "
+            "keys lie at multiples of 16 bytes, and no key to append. Leave it out."
         )
 
     def memory(candidate: DecodeCandidate) -> int:

@@ -1,8 +1,8 @@
 """The decode operator: the core for few query rows against a cache of keys that may be longer than it is filled.
 
-Its results are those of the core (:mod:`.operator`) on each sequence's own keys; it differs in where the keys lie (a cache with a
-length for each sequence, perhaps of pages, perhaps in 8 bits) and in how the work is cut (:func:`.plan.make_decode_plan`). It is
-for inference: it has no gradient.
+Its results are those of the core (:mod:`.operator`) on each sequence's own keys; it differs in where the keys lie (a
+cache with a length for each sequence, perhaps of pages, perhaps in 8 bits) and in how the work is cut
+(:func:`.plan.decode_cut`). It is for inference: it has no gradient.
 
 Shapes: ``query, probe [B, Hq, Lq, D]``; a cache of keys ``[B, Hkv, capacity, D]``, or with a page table
 ``[pages, page size, Hkv, D]``; values likewise with ``Dv``. Row ``i`` of sequence ``b`` has the position ``length - Lq + i``.
@@ -75,7 +75,8 @@ class AttentionDecode(HigherOrderOperator):
                 mask's tuple holds the predicate alone.
             scale, intercept: as for the core.
             save_statistics: whether LSE and the mean probe score are wanted; else they are empty.
-            options: ``new_keys`` (keys that the call appended, which ``lengths`` does not count), ``window`` (how far back a row
+            options: ``new_keys`` (keys that the call appended, which ``lengths`` does not count), ``window`` (how far
+            back a row
                 sees, None: to the start), ``key_factor`` and ``value_factor`` (scales that are numbers), beside the user's
                 kernel options.
         """
@@ -215,7 +216,9 @@ def _functionalize(ctx: Any, *arguments: Any) -> Any:
             if functionalized_mutates(ctx, mod, [*example_arguments(tensors[0]), *captured]):
                 raise UnsupportedAliasMutationException(f"{name} writes into a tensor; mods must be pure functions")
         mods = map(ctx.functionalize, (score_mod, covariance_mod))
-        out = attention_decode(*tensors, *mods, (ctx.functionalize(mask[-1]),), *switches, *buffers)
+        out = attention_decode(  # type: ignore[call-arg]
+            *tensors, *mods, (ctx.functionalize(mask[-1]),), *switches, *buffers
+        )
     return ctx.wrap_tensors(out)
 
 

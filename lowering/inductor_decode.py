@@ -8,8 +8,8 @@ import torch
 
 from .. import templates
 from . import cpu
-from .candidates import decode_candidates, padded
 from .append import append  # noqa: F401  (its lowering is here)
+from .candidates import decode_candidates, padded
 from .decode import as_core, attention_decode, empty_statistics
 from .inductor import (
     LN2,
@@ -138,7 +138,7 @@ def _reader_on_the_way(node: torch.fx.Node, new_keys: Any) -> torch.fx.Node | No
         following = following.next
     if following.op == "root" or following.target is not attention_decode:
         return None
-    given = following.args
+    given: Any = following.args
     same = (*given[1:3], given[4], *given[5:8]) == (*caches, lengths, *paging)
     reads_only_there = all(cache not in (given[0], given[3]) for cache in caches)
     return following if same and reads_only_there and given[15]["new_keys"] == new_keys else None

@@ -177,22 +177,21 @@ def _check_probe(query: Tensor, probe: Any, spec: AttentionSpec) -> None:
             "Drop it, or use a spec with plx.Learned().",
         )
     if probe is not None and probe.shape != query.shape:
-        raise_input(
-            InputError, f"probe must have query's shape {tuple(query.shape)}, but got {tuple(probe.shape)}."
-        )
+        raise_input(InputError, f"probe must have query's shape {tuple(query.shape)}, but got {tuple(probe.shape)}.")
 
 
 def _check_new(query: Tensor, key_cache: Tensor, value_cache: Tensor, key: Any, value: Any, kv_heads: int) -> None:
     if (key is None) != (value is None):
-        raise_input(
-            InputError, f"key and value go together, but only {'value' if key is None else 'key'} was given."
-        )
+        raise_input(InputError, f"key and value go together, but only {'value' if key is None else 'key'} was given.")
     if key is None:
         return
     for name, tensor, width in (("key", key, key_cache.size(3)), ("value", value, value_cache.size(3))):
         wanted = (query.size(0), kv_heads, key.size(2), width)
         if tuple(tensor.shape) != wanted:
-            raise_input(InputError, f"{name} must be {wanted}, [batch, key heads, new keys, width], but got {tuple(tensor.shape)}.")
+            raise_input(
+                InputError,
+                f"{name} must be {wanted}, [batch, key heads, new keys, width], but got {tuple(tensor.shape)}.",
+            )
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
         for dim in range(3):
             if cache.stride(dim) == 0 and cache.size(dim) > 1:

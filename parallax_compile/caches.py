@@ -1,7 +1,7 @@
 """Caches of other libraries, seen as ours.
 
-A cache is ``[B, Hkv, capacity, width]``; with a page table it is a pool of pages ``[pages, page size, Hkv, width]`` (vLLM's order),
-and row ``b`` of the table names the pages of sequence ``b`` in their order.
+A cache is ``[B, Hkv, capacity, width]``; with a page table it is a pool of pages ``[pages, page size, Hkv, width]``
+(vLLM's order), and row ``b`` of the table names the pages of sequence ``b`` in their order.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Decoding: :func:`decode`, a few query rows of each sequence against its cache of keys and values.
 
-Like :func:`~parallax_compile.attention`, a call runs the dense reference uncompiled and fused kernels under ``torch.compile``. It
-has no gradient.
+Like :func:`~parallax_compile.attention`, a call runs the dense reference uncompiled and fused kernels under
+``torch.compile``. It has no gradient.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from .attention import (
     _compose,
     _everything,
     _identity,
-    _probe_stage as found_probe,
     _uncompiled,
     _uniform,
     _warn_unfused,
+)
+from .attention import (
+    _probe_stage as found_probe,
 )
 from .cache_validation import check_call, check_values
 from .errors import InputTypeError
@@ -62,15 +64,17 @@ def decode(
     check: bool = False,
     kernel_options: dict[str, Any] | None = None,
 ) -> Any:
-    """Attention of the last ``Lq`` positions of each sequence to all of its keys in a cache; ``key`` and ``value`` are appended first.
+    """Attention of the last ``Lq`` positions of each sequence to its keys in a cache; new keys are appended first.
 
-    Row ``i`` of sequence ``b`` has the position ``n - Lq + i``, where ``n`` is its number of keys after the append: ``q_idx`` of mods
-    and masks. A row sees every key unless the spec's mask says otherwise: with more than one row a model that was trained with
-    ``plx.masks.causal()`` wants that mask here too. (The names are those of ``flash_attn_with_kvcache``.)
+    Row ``i`` of sequence ``b`` has the position ``n - Lq + i``, where ``n`` is its number of keys after the append:
+    ``q_idx`` of mods and masks. A row sees every key unless the spec's mask says otherwise: with more than one row a
+    model that was trained with ``plx.masks.causal()`` wants that mask here too. (The names are those of
+    ``flash_attn_with_kvcache``.)
 
     Args:
         query: ``[B, Hq, Lq, D]``, bfloat16, float16, float32 (uncompiled also float64). ``Hq`` is a multiple of ``Hkv``.
-        key_cache: ``[B, Hkv, capacity, D]``, or with a page table ``[pages, page size, Hkv, D]``; query's dtype or float8_e4m3fn.
+        key_cache: ``[B, Hkv, capacity, D]``, or with a page table ``[pages, page size, Hkv, D]``; query's dtype or
+        float8_e4m3fn.
             The last dimension must be contiguous.
         value_cache: the same with ``Dv``.
         probe: ``[B, Hq, Lq, D]`` for a learned probe.
@@ -78,9 +82,11 @@ def decode(
             ``plx.masks.sliding_window`` the keys before the window are not read.
         key, value: ``[B, Hkv, Lnew, D]`` and ``Dv``, written into the caches in place behind each sequence's keys. What would
             lie past the capacity, or on a page that does not exist, is left out.
-        cache_seqlens: keys of each sequence before the append, int32 or int64 ``[B]`` on query's device, or one int. Not updated.
+        cache_seqlens: keys of each sequence before the append, int32 or int64 ``[B]`` on query's device, or one int.
+        Not updated.
             A sequence without keys gives zeros.
-        page_table: int32 or int64 ``[B, most pages of a sequence]``: vLLM's block table; :func:`~parallax_compile.caches.flex_pages`
+        page_table: int32 or int64 ``[B, most pages of a sequence]``: vLLM's block table;
+        :func:`~parallax_compile.caches.flex_pages`
             sees the cache of flex_attention's ``PagedAttention`` as pages. The page size must be a multiple of 16.
         k_scale, v_scale: factors of 8-bit caches: a number, or a tensor that broadcasts to ``[B, Hkv]``. A key is
             ``k_scale * key_cache``; appended keys are divided by it.
@@ -105,7 +111,20 @@ def decode(
         spec = SOFTMAX if probe is None else PARALLAX
     if not isinstance(spec, AttentionSpec):
         raise_input(InputTypeError, f"spec must be an AttentionSpec, but got {type(spec).__name__}.")
-    check_call(query, key_cache, value_cache, probe, spec, key, value, cache_seqlens, page_table, k_scale, v_scale, kernel_options)
+    check_call(
+        query,
+        key_cache,
+        value_cache,
+        probe,
+        spec,
+        key,
+        value,
+        cache_seqlens,
+        page_table,
+        k_scale,
+        v_scale,
+        kernel_options,
+    )
     validation.check_scale(scale, spec)
     validation.check_mods(spec, score_mod, covariance_mod)
     validation.check_ridge(ridge, spec, query)
@@ -127,7 +146,9 @@ def decode(
     covariance_mod = _compose(spec.covariance_mod, covariance_mod)
     if not compiled:
         _warn_unfused()
-    call = _Call(query, key_cache, value_cache, probe, spec, score_mod, covariance_mod, None, scale, ridge, kernel_options)
+    call = _Call(
+        query, key_cache, value_cache, probe, spec, score_mod, covariance_mod, None, scale, ridge, kernel_options
+    )
     call = call._replace(request=request)
     cached = _Cached(lengths, new_keys, page_table, *scales)
     empty = query.numel() == 0 or key_cache.numel() == 0
@@ -149,7 +170,7 @@ def decode(
 
 
 class _Cached(NamedTuple):
-    """Where the keys of a call lie: see :class:`.lowering.decode.AttentionDecode`. A scale is a tensor ``[B, Hkv]`` or a number."""
+    """Where the keys of a call lie (:class:`.lowering.decode.AttentionDecode`). A scale is ``[B, Hkv]`` or a number."""
 
     lengths: Tensor
     new_keys: int
@@ -181,13 +202,15 @@ def _dense(call: _Call, cached: _Cached, dtype: torch.dtype) -> _Call:
     key = lowered.gathered(call.key, cached.page_table, cached.key_scale, total, dtype)
     value = lowered.gathered(call.value, cached.page_table, cached.value_scale, total, dtype)
     mask_mod = _everything if call.spec.mask_mod is None else call.spec.mask_mod
-    spec = call.spec.replace(mask_mod=_bound(lowered.within_keys(mask_mod, rows), total), score_mod=None, covariance_mod=None)
+    spec = call.spec.replace(
+        mask_mod=_bound(lowered.within_keys(mask_mod, rows), total), score_mod=None, covariance_mod=None
+    )
 
     def placed(mod: ScoreMod | None) -> ScoreMod | None:
         return None if mod is None else _bound(lowered.at_positions(mod, score=True, rows=rows), total)
 
-    mods = {"score_mod": placed(call.score_mod), "covariance_mod": placed(call.covariance_mod)}
-    return call._replace(key=key, value=value, spec=spec, **mods)
+    score_mod, covariance_mod = placed(call.score_mod), placed(call.covariance_mod)
+    return call._replace(key=key, value=value, spec=spec, score_mod=score_mod, covariance_mod=covariance_mod)
 
 
 def _bound(mod: Any, total: Tensor) -> Any:
@@ -263,7 +286,9 @@ def _probe_stage(call: _Call, cached: _Cached) -> probes.ProbeStage:
         1.0 / math.sqrt(call.query.size(3)) if call.scale is None else float(call.scale),
         {"cache_salt": CACHE_SALT},
     )
-    return found_probe(dense, weights)
+    found = found_probe(dense, weights)
+    assert found is not None
+    return found
 
 
 def _empty(call: _Call, cached: _Cached) -> tuple[Tensor, AuxOutput]:

@@ -140,7 +140,8 @@ class ParallaxAttention(nn.Module):
         """Attend over new positions ``x [B, L, E]`` behind those in a cache, which they are appended to in place.
 
         Args:
-            key_cache, value_cache, cache_seqlens, page_table: as for :func:`~parallax_compile.decode`, ``cache_seqlens`` a tensor;
+            key_cache, value_cache, cache_seqlens, page_table: as for :func:`~parallax_compile.decode`,
+            ``cache_seqlens`` a tensor;
                 keys are cached as the rotary embedding leaves them.
             more: ``k_scale``, ``v_scale``, ``kernel_options``.
         """

@@ -1,8 +1,8 @@
 """Decoding at infinite bandwidth: every allowed key weighs the same, so that a state of constant size stands for all keys.
 
-:func:`decode_state` adds new keys to a :class:`~parallax_compile.State` in place and reads it for their queries. It is plain torch:
-uncompiled it runs as it is, compiled Inductor makes one kernel of it (and a batched solve, for a solved probe), whose state moves
-through memory once.
+:func:`decode_state` adds new keys to a :class:`~parallax_compile.State` in place and reads it for their queries. It
+is plain torch: uncompiled it runs as it is, compiled Inductor makes one kernel of it (and a batched solve, for a
+solved probe), whose state moves through memory once.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def decode_state(
 ) -> Tensor:
     """Attention of new positions to all keys up to their own, by a state of constant size that takes them in.
 
-    What ``plx.attention`` gives for the last rows of the whole sequence under ``plx.masks.causal()``, or :func:`plx.decode` against
-    a cache, at a cost that does not grow with the sequence.
+    What ``plx.attention`` gives for the last rows of the whole sequence under ``plx.masks.causal()``, or
+    :func:`plx.decode` against a cache, at a cost that does not grow with the sequence.
 
     Args:
         query: ``[B, Hq, L, D]``; only solved and gradient probes read it. L is at most 64; longer ones go through
@@ -111,7 +111,7 @@ def decode_state(
                 "plx.attention with initial_state, which has one.",
             )
     wide = statistics_dtype(query)
-    sums = State(*(None if part is None else part.to(wide) for part in state))
+    sums = State(*(None if part is None else part.to(wide) for part in state))  # type: ignore[arg-type]
     group = query.size(1) // key.size(1)
     rows = []
     for i in range(query.size(2)):
@@ -208,7 +208,9 @@ def _check_member(spec: AttentionSpec) -> None:
             "query. Use plx.decode with a cache.",
         )
     if spec.covariance_mod is not None:
-        raise_input(InputError, "a covariance_mod stands between probe scores and sums: it has no state. Use plx.decode.")
+        raise_input(
+            InputError, "a covariance_mod stands between probe scores and sums: it has no state. Use plx.decode."
+        )
     from .masks import Causal
 
     if spec.mask_mod is not None and spec.mask_mod != Causal(0):

@@ -35,7 +35,9 @@ def bias(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
 
 CASES = {
     "append": Call((40, 0, 99, 17), new=1),
-    "pages, causal": Call((40, 0, 98), new=2, queries=2, page=48, spec=plx.PARALLAX.replace(mask_mod=CAUSAL), keep=causal),
+    "pages, causal": Call(
+        (40, 0, 98), new=2, queries=2, page=48, spec=plx.PARALLAX.replace(mask_mod=CAUSAL), keep=causal
+    ),
     "window": Call((70, 9), queries=3, spec=plx.PARALLAX.replace(mask_mod=WINDOW, intercept=False), keep=window),
     "softmax": Call((64, 0, 5), spec=plx.SOFTMAX, q_heads=6),
     "past the capacity": Call((99, 100), new=2),
@@ -203,7 +205,9 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize("change, error, message", WRONG, ids=[f"{next(iter(c))}-{i}" for i, (c, _, _) in enumerate(WRONG)])
+@pytest.mark.parametrize(
+    "change, error, message", WRONG, ids=[f"{next(iter(c))}-{i}" for i, (c, _, _) in enumerate(WRONG)]
+)
 def test_wrong_calls(change: dict[str, Any], error: type[Exception], message: str) -> None:
     inputs = Call((40, 3), dtype=torch.float32).fresh() | change
     with pytest.raises(error, match=message):
@@ -236,14 +240,22 @@ def test_pages_are_checked_on_demand() -> None:
 
 
 def sizes(**changes: Any) -> dict[str, Any]:
-    return {"batch": 1, "kv_heads": 8, "rows_of_head": 1, "most_keys": 4096, "has_probe": True, "block_n": 64, "programs": 264} | changes
+    return {
+        "batch": 1,
+        "kv_heads": 8,
+        "rows_of_head": 1,
+        "most_keys": 4096,
+        "has_probe": True,
+        "block_n": 64,
+        "programs": 264,
+    } | changes
 
 
 def test_how_calls_are_cut() -> None:
     one = decode_cut(**sizes())
     assert (one.rows, one.row_tiles, one.slots, one.programs, one.merge) == (8, 1, 33, 34, "kernel")
     assert decode_cut(**sizes(most_keys=64)).merge == "none"
-    assert decode_cut(**sizes(most_keys=500)).programs == 9  # tiles of the longest sequence, and one that a window may begin in
+    assert decode_cut(**sizes(most_keys=500)).programs == 9  # 8 tiles, and one in which a window may begin
     assert decode_cut(**sizes(rows_of_head=16)).merge == "stage"
     assert decode_cut(**sizes(merge="stage")).merge == "stage"
     many = decode_cut(**sizes(rows_of_head=100, has_probe=False))
@@ -272,7 +284,9 @@ def test_there_are_always_programs_enough(lengths: list[int], programs: int, hea
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are compiled here, not interpreted")
-@pytest.mark.parametrize("cache, queries", [(torch.bfloat16, 1), (torch.float8_e4m3fn, 1), (torch.bfloat16, 16)], ids=str)
+@pytest.mark.parametrize(
+    "cache, queries", [(torch.bfloat16, 1), (torch.float8_e4m3fn, 1), (torch.bfloat16, 16)], ids=str
+)
 def test_nothing_spills(cache: torch.dtype, queries: int) -> None:
     pytest.importorskip("triton")
     from parallax_compile.lowering import codegen, cubin

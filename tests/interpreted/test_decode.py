@@ -58,14 +58,18 @@ CASES = {
     ),
     # More rows than one tile holds, more new keys than a decode kernel writes itself.
     "many rows": (
-        Call((0, 55), queries=20, new=20, spec=PARALLAX.replace(mask_mod=CAUSAL), keep=causal, options={"BLOCK_N": 32}, dtype=torch.float16),
+        Call((0, 55), queries=20, new=20, spec=PARALLAX.replace(mask_mod=CAUSAL), keep=causal, dtype=torch.float16,
+             options={"BLOCK_N": 32}),
         ["cache_append", "decode_split", "decode_merge"],
     ),
     "window, no intercept": (
         Call((70, 9), queries=3, spec=PARALLAX.replace(mask_mod=WINDOW, intercept=False), keep=window, options={"BLOCK_N": 16}),
         ["decode_split", "decode_merge"],
     ),
-    "window, append": (Call((70, 9), new=2, spec=PARALLAX.replace(mask_mod=WINDOW), keep=window, options={"BLOCK_N": 16}), ["decode_split"]),
+    "window, append": (
+        Call((70, 9), new=2, spec=PARALLAX.replace(mask_mod=WINDOW), keep=window, options={"BLOCK_N": 16}),
+        ["decode_split"],
+    ),
     "softmax, one split": (Call((64, 0, 5), capacity=64, spec=plx.SOFTMAX, q_heads=6), ["decode_split"]),
     "past the capacity": (Call((99, 100), new=2, options={"BLOCK_N": 16}), ["decode_split"]),
     "offset": (Call((97, 50), offset=10.0, options={"BLOCK_N": 16}), ["decode_split"]),
@@ -126,7 +130,9 @@ def test_eight_bits(page: int) -> None:
     compiled = interpreter.interpreted(lambda given: call(given, **scales))
     with torch.no_grad():
         got = compiled(inputs)
-        exact = {name: x.double() if isinstance(x, Tensor) and x.dtype == torch.bfloat16 else x for name, x in other.items()}
+        exact = {
+            name: x.double() if isinstance(x, Tensor) and x.dtype == torch.bfloat16 else x for name, x in other.items()
+        }
         want = call(exact, **scales)
     for name in ("key_cache", "value_cache"):  # the same bytes as the reference's append
         assert torch.equal(inputs[name].view(torch.uint8), exact[name].view(torch.uint8))

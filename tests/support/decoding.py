@@ -83,7 +83,9 @@ class Call:
     def _paged(self, cache: Tensor, pages: int) -> Tensor:
         assert self.order is not None
         pool = torch.full((pages, self.page, *cache.shape[1::2]), float("nan"), dtype=cache.dtype)
-        padding = cache.new_full((*cache.shape[:2], self.order.size(1) * self.page - cache.size(2), cache.size(3)), float("nan"))
+        padding = cache.new_full(
+            (*cache.shape[:2], self.order.size(1) * self.page - cache.size(2), cache.size(3)), float("nan")
+        )
         whole = torch.cat([cache, padding], 2).unflatten(2, (-1, self.page))
         pool[self.order] = whole.permute(0, 2, 3, 1, 4)
         return pool
@@ -119,7 +121,9 @@ class Call:
             if self.new:
                 keys = torch.cat([keys, self.inputs["key"][b : b + 1, :, : total - n]], 2)
                 values = torch.cat([values, self.inputs["value"][b : b + 1, :, : total - n]], 2)
-            query, probe = (None if self.inputs[name] is None else self.inputs[name][b : b + 1] for name in ("query", "probe"))
+            query, probe = (
+                None if self.inputs[name] is None else self.inputs[name][b : b + 1] for name in ("query", "probe")
+            )
             position = torch.arange(self.queries)[:, None] + total - self.queries
             column = torch.arange(total)
             allowed = (position >= 0) & (column >= 0)
