@@ -2,9 +2,9 @@
 
     python benchmarks/check_decode.py [--json results.json] [--workers N] [--match NAME]
 
-Each case decodes several steps from caches whose unused memory is NaN, within a CUDA graph that is replayed while the lengths on
-the device grow: output and caches against each sequence by itself in float64, with the budget of an independent low-precision
-computation; the same bits when a step is repeated. Exits with 1 when a case fails.
+Each case decodes several steps from caches whose unused memory is NaN, within a CUDA graph that is replayed while the
+lengths on the device grow: output and caches against each sequence by itself in float64, with the budget of an independent
+low-precision computation; the same bits when a step is repeated. Exits with 1 when a case fails.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def cases() -> dict[str, Call]:
     base: dict[str, Any] = {"capacity": 3000, "q_heads": 8, "kv_heads": 8, "width": 128, "value_width": 128, "new": 1}
     lengths = (2000, 0, 2990, 17, 1234)
     parallax = plx.PARALLAX.replace(mask_mod=CAUSAL)
-    found = {
+    return {
         "plain": Call(lengths, **base),
         "one long sequence": Call((2900,), **base),
         "one kernel more": Call(lengths, **base, options={"MERGE": "stage"}),
@@ -71,11 +71,6 @@ def cases() -> dict[str, Call]:
         "mods": Call(lengths, **base, score=plx.mods.alibi(8), covariance=plx.mods.tanh_cap(5.0)),
         "300 sequences": Call(tuple(range(0, 900, 3)), **base | {"capacity": 1000, "q_heads": 1, "kv_heads": 1}),
     }
-    return found
-
-
-def _step(call: Call, given: dict[str, Any]) -> Tensor:
-    return call(given)
 
 
 def run(name: str) -> dict[str, Any]:
@@ -151,11 +146,11 @@ def main() -> int:
                 results.append(
                     {"case": name, "passed": False, "failed": f"{type(error).__name__}: {str(error)[-300:]}"}
                 )
-    rows = [
-        [row["case"], "ok" if row["passed"] else "FAILED", *(f"{row[key]:.2e}" if key in row else "" for key in ("error", "over_budget")),
-         row.get("same", ""), row.get("failed", "")[-160:]]
-        for row in results
-    ]  # fmt: skip
+    rows = []
+    for row in results:
+        numbers = [f"{row[key]:.2e}" if key in row else "" for key in ("error", "over_budget")]
+        verdict = "ok" if row["passed"] else "FAILED"
+        rows.append([row["case"], verdict, *numbers, row.get("same", ""), row.get("failed", "")[-160:]])
     print(tabulate(rows, headers=["case", "", "error", "of budget", "same bits, caches", ""], disable_numparse=True))
     passed = sum(row["passed"] for row in results)
     print(f"{passed} of {len(results)} cases passed")
