@@ -233,6 +233,7 @@ def _lower_decode(*arguments: Any) -> Any:
         "PRECISION": precision(),
         "LOG2E": LOG2E,
         "LN2": LN2,
+        "ONE_SEQUENCE": batch == 1,
         "BATCH_BLOCK": _BATCH_BLOCK if not isinstance(batch, int) else max(16, min(_BATCH_BLOCK, padded(batch))),
     }
 
