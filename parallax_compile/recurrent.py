@@ -1,8 +1,8 @@
 """Decoding at infinite bandwidth: every allowed key weighs the same, so that a state of constant size stands for all keys.
 
-:func:`decode_state` adds new keys to a :class:`~parallax_compile.State` in place and reads it for their queries. It
-is plain torch: uncompiled it runs as it is, compiled Inductor makes one kernel of it (and a batched solve, for a
-solved probe), whose state moves through memory once.
+:func:`decode_state` adds new keys to a :class:`~parallax_compile.State` in place and reads it for their queries. With a learned
+probe it is one kernel on a GPU, through which the state moves once (:mod:`.lowering.scan_step`), beside the count of the keys; with
+others it is plain torch, which Inductor fuses around a batched solve.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from . import validation
 from .errors import InputError, InputTypeError, UnsupportedError
+from .lowering.cache_key import CACHE_SALT
 from .lowering.operator import statistics_dtype
 from .lowering.scan import State
+from .lowering.scan_step import read, scan_step
 from .lowering.torch_compat import raise_input
 from .spec import AttentionSpec, Gradient, Solved
 
@@ -110,16 +112,23 @@ def decode_state(
                 f"decode_state has no gradient, but {name} requires one. Call it under torch.no_grad(), or use "
                 "plx.attention with initial_state, which has one.",
             )
+    if spec.probe.kind == "learned":
+        # Written out, because the sums are all there is: one kernel.
+        assert probe is not None
+        out = scan_step(
+            state.key_value, state.key_sum, state.value_sum, state.count, key, value, probe, spec.intercept, CACHE_SALT
+        )
+        state.count.add_(query.size(2))
+        return out
     wide = statistics_dtype(query)
-    sums = State(*(None if part is None else part.to(wide) for part in state))  # type: ignore[arg-type]
-    group = query.size(1) // key.size(1)
+    sums = state
     rows = []
     for i in range(query.size(2)):
         sums = _taken_in(sums, key[:, :, i].to(wide), value[:, :, i].to(wide))
-        rho = None if probe is None else probe[:, :, i].to(wide)
+        rho = None
         if isinstance(spec.probe, (Solved, Gradient)):
             rho = _found(query[:, :, i].to(wide), sums, spec, ridge, i, query.shape[:3])
-        rows.append(_read(sums, rho, spec.intercept, group))
+        rows.append(_read(sums, rho, spec.intercept, query.size(1) // key.size(1)))
     for part, grown in zip(state, sums, strict=True):
         if part is not None and grown is not None:
             part.copy_(grown)
@@ -146,19 +155,13 @@ def _of_query_heads(part: Tensor, group: int) -> Tensor:
 
 
 def _read(sums: State, probe: Tensor | None, intercept: bool, group: int) -> Tensor:
-    """``out [B, Hq, Dv]`` of one row (FAMILY, with uniform weights)."""
-    inverse = 1.0 / sums.count[:, None, None]
+    """``out [B, Hq, Dv]`` of one row."""
     assert sums.value_sum is not None
-    mean = _of_query_heads(sums.value_sum, group) * inverse
     if probe is None:
-        return mean
+        return _of_query_heads(sums.value_sum, group) / sums.count[:, None, None]
     assert sums.key_value is not None
     assert sums.key_sum is not None
-    moved = (probe[..., None] * _of_query_heads(sums.key_value, group)).sum(-2) * inverse
-    if not intercept:
-        return moved
-    level = (probe * _of_query_heads(sums.key_sum, group)).sum(-1, keepdim=True) * inverse
-    return mean * (1 + level) - moved
+    return read(sums.key_value, sums.key_sum, sums.value_sum, sums.count, probe, intercept)
 
 
 def _found(
@@ -233,3 +236,8 @@ def _check_state(state: Any, spec: AttentionSpec, key: Tensor, value: Tensor) ->
             raise_input(InputError, f"state.{name} must be a tensor {shape} for this spec, but got {found}.")
         if part.device != key.device:
             raise_input(InputError, f"state.{name} must be on query's device {key.device}, but got {part.device}.")
+        if part.dtype != statistics_dtype(key):
+            raise_input(
+                InputTypeError,
+                f"state.{name} must be {statistics_dtype(key)} with queries of {key.dtype}, but got {part.dtype}.",
+            )

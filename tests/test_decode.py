@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -172,6 +175,26 @@ def test_wrong_states() -> None:
         plx.decode_state(x.expand(1, 2, 65, 6), *[x.expand(1, 2, 65, 6)] * 3, state=state, spec=plx.LINEAR)
     with pytest.raises(UnsupportedError, match="no gradient"):
         plx.decode_state(x.requires_grad_(), x.detach(), x.detach(), x.detach(), state=state, spec=plx.LINEAR)
+
+
+def test_the_generation_example() -> None:
+    """Requests that share rows and pages make the tokens of the model without a cache (uncompiled: compiling takes a while)."""
+    program = Path(__file__).parents[1] / "examples" / "generate.py"
+    command = [
+        sys.executable,
+        str(program),
+        "--device",
+        "cpu",
+        "--quick",
+        "--no-compile",
+        "--requests",
+        "4",
+        "--tokens",
+        "9",
+    ]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "tokens equal those of the uncached reference" in run.stdout and "tokens/s" in run.stdout
 
 
 # --- wrong calls ----------------------------------------------------------------------------------------------------

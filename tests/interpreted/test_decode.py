@@ -162,3 +162,26 @@ def test_a_page_that_does_not_exist_is_no_fault() -> None:
     with torch.no_grad():
         got = compiled(inputs)  # reads and writes nothing outside: the memory is guarded
     assert relative_error(got[:1], call.want()[:1]) < 1e-2
+
+
+@pytest.mark.parametrize("spec", [plx.AFFINE_LINEAR, plx.LINEAR], ids=["affine linear", "linear"])
+def test_a_state_of_constant_size(spec: plx.AttentionSpec) -> None:
+    query, key, value, probe = (
+        torch.randn(2, heads, 5, width) for heads, width in ((4, 20), (2, 20), (2, 12), (4, 20))
+    )
+    state = plx.empty_state(spec, 2, 2, 20, 12)
+
+    def step(parts: plx.State, *x: Tensor) -> Tensor:
+        return plx.decode_state(*x, state=parts, spec=spec)
+
+    compiled = interpreter.interpreted(step)
+    found = []
+    with torch.no_grad():
+        for rows in (slice(0, 1), slice(1, 5)):
+            found.append(compiled(state, *(x[:, :, rows] for x in (query, key, value, probe))))
+    exact = spec.replace(mask_mod=CAUSAL)
+    want = plx.attention(*(x.double() for x in (query, key, value, probe)), spec=exact, enable_gqa=True)
+    assert relative_error(torch.cat(found, 2), want) < 1e-5
+    assert (state.count == 5).all()
+    ran = [kernel.stage for kernel in compiled.code.kernels if kernel.stage]
+    assert ran == ["scan_step", "scan_step"]
