@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from .. import templates
-from . import scan, scan_products, scan_step
+from . import scan, scan_products
 from .candidates import candidates, padded
 from .inductor import allocate, distinct, node_layouts, precision, shared_memory_limit
 from .plan import CHUNK, scan_segments
+from .scan_step import scan_step  # noqa: F401  (its lowering is here)
 from .torch_compat import inductor, inline_in_lowering
 
 

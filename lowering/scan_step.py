@@ -1,6 +1,7 @@
 """A step of the scan: a few new positions of each sequence against the sums of all before, which take them in.
 
-For decoding at infinite bandwidth with a learned probe (:mod:`parallax_compile.recurrent`). Compiled for a GPU it is one kernel.
+For decoding at infinite bandwidth with a learned probe (:mod:`parallax_compile.recurrent`). Compiled for a GPU it is one
+kernel.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from .operator import empty_in_layout_of, statistics_dtype
 
 
 def read(matrix: Tensor, first: Tensor, second: Tensor, count: Tensor, probe: Tensor, intercept: bool) -> Tensor:
-    """``out [B, Hq, Dv]`` of one row with the probe ``[B, Hq, D]``, whose keys are those of the sums (FAMILY, uniform weights)."""
+    """``out [B, Hq, Dv]`` of one row with the probe ``[B, Hq, D]``, whose keys are those of the sums (FAMILY)."""
     group = probe.size(1) // matrix.size(1)
 
     def of_query_heads(part: Tensor) -> Tensor:

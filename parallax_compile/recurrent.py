@@ -1,8 +1,8 @@
 """Decoding at infinite bandwidth: every allowed key weighs the same, so that a state of constant size stands for all keys.
 
-:func:`decode_state` adds new keys to a :class:`~parallax_compile.State` in place and reads it for their queries. With a learned
-probe it is one kernel on a GPU, through which the state moves once (:mod:`.lowering.scan_step`), beside the count of the keys; with
-others it is plain torch, which Inductor fuses around a batched solve.
+:func:`decode_state` adds new keys to a :class:`~parallax_compile.State` in place and reads it for their queries. With a
+learned probe it is one kernel on a GPU, through which the state moves once (:mod:`.lowering.scan_step`), beside the count of
+the keys; with others it is plain torch, which Inductor fuses around a batched solve.
 """
 
 from __future__ import annotations

@@ -171,14 +171,13 @@ def test_a_state_of_constant_size(spec: plx.AttentionSpec) -> None:
     )
     state = plx.empty_state(spec, 2, 2, 20, 12)
 
-    def step(parts: plx.State, *x: Tensor) -> Tensor:
-        return plx.decode_state(*x, state=parts, spec=spec)
+    def step(held: plx.State, *x: Tensor) -> Tensor:
+        return plx.decode_state(*x, state=held, spec=spec)
 
     compiled = interpreter.interpreted(step)
-    found = []
+    parts = [[x[:, :, rows] for x in (query, key, value, probe)] for rows in (slice(0, 1), slice(1, 5))]
     with torch.no_grad():
-        for rows in (slice(0, 1), slice(1, 5)):
-            found.append(compiled(state, *(x[:, :, rows] for x in (query, key, value, probe))))
+        found = [compiled(state, *part) for part in parts]
     exact = spec.replace(mask_mod=CAUSAL)
     want = plx.attention(*(x.double() for x in (query, key, value, probe)), spec=exact, enable_gqa=True)
     assert relative_error(torch.cat(found, 2), want) < 1e-5
