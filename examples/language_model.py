@@ -21,6 +21,14 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x))
+        return self._fed(x)
+
+    def decode(self, x: Tensor, cache: tuple[Tensor, Tensor], lengths: Tensor, page_table: Tensor) -> Tensor:
+        """New positions behind those in a cache of pages, which they are appended to."""
+        x = x + self.attention.decode(self.attention_norm(x), *cache, lengths, page_table)
+        return self._fed(x)
+
+    def _fed(self, x: Tensor) -> Tensor:
         return x + self.down(F.silu(self.up(self.feed_norm(x))))
 
 
@@ -42,6 +50,15 @@ class LanguageModel(nn.Module):
         x = self.embedding(tokens)
         for block in self.blocks:
             x = block(x)
+        return self.head(self.norm(x))
+
+    def decode(
+        self, tokens: Tensor, caches: list[tuple[Tensor, Tensor]], lengths: Tensor, page_table: Tensor
+    ) -> Tensor:
+        """Logits ``[B, L, 256]`` of new tokens ``[B, L]`` behind the ``lengths [B]`` ones in the caches of the blocks."""
+        x = self.embedding(tokens)
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x = block.decode(x, cache, lengths, page_table)
         return self.head(self.norm(x))
 
     def loss(self, window: Tensor) -> Tensor:

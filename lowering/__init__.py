@@ -11,4 +11,4 @@ def register_lowerings() -> None:
     """Give Inductor our lowerings. Deferred to the first trace, because importing Inductor takes seconds."""
     # Inductor knows torch's own operators with subgraphs by name and warns of every other, once for each call.
     warnings.filterwarnings("ignore", message="Please add support for subgraph args to function parallax_attention")
-    from . import inductor, inductor_scan  # noqa: F401  (they register on import)
+    from . import inductor, inductor_decode, inductor_scan  # noqa: F401  (they register on import)

@@ -238,8 +238,8 @@ def two_terms(node: Any, dtype: torch.dtype) -> tuple[Any, Any]:
 # --- instances of templates -----------------------------------------------------------------------------------------
 
 
-def node_layouts() -> list[Any]:
-    """The layouts of the node's results as its fake promised them; None for a result that is left out."""
+def node_layouts(results: Any = None) -> list[Any]:
+    """The layouts of the node's results as its fake promised them (or of ``results``); None for one that is left out."""
 
     def expression(size: Any) -> Any:
         return size.node.expr if isinstance(size, torch.SymInt) else size
@@ -253,7 +253,8 @@ def node_layouts() -> list[Any]:
         # for a GPU on a machine without one.
         return ir.FixedLayout(fake.device, fake.dtype, list(sizes), list(strides))
 
-    return [layout(fake) for fake in inductor.V.graph.current_node.meta["val"] if not isinstance(fake, tuple)]
+    promised = inductor.V.graph.current_node.meta["val"] if results is None else results
+    return [layout(fake) for fake in promised if not isinstance(fake, tuple)]
 
 
 def allocate(layout: Any) -> Any:

@@ -12,6 +12,7 @@ from . import scan, scan_products, scan_solve
 from .candidates import candidates, padded
 from .inductor import allocate, distinct, node_layouts, precision, shared_memory_limit
 from .plan import CHUNK, scan_segments
+from .scan_step import scan_step  # noqa: F401  (its lowering is here)
 from .torch_compat import inductor, inline_in_lowering
 
 
@@ -232,6 +233,54 @@ def _lower_product(x: Any, key: Any, value: Any, inverse: Any, starts: Any, leve
     names = ("MOMENT", "FINAL", *(("FINAL_SECOND", "FINAL_FIRST") if transposed else ("FINAL_FIRST", "FINAL_SECOND")))
     layouts = (found_layout, *state_layouts)
     return (y, *(outputs.get(name) or allocate(empty) for name, empty in zip(names, layouts, strict=True)))
+
+
+@inductor.SymbolicGridFn
+def _heads(batch: Any, heads: Any, meta: dict[str, Any]) -> tuple[Any, Any, Any]:
+    return (batch, heads, 1)
+
+
+_STEP = inductor.template("parallax_scan_step", _heads, templates.load("scan_step"))
+
+
+@inductor.register_lowering(torch.ops.parallax.scan_step.default, type_promotion_kind=None)
+def _lower_step(
+    matrix: Any, first: Any, second: Any, count: Any, key: Any, value: Any, probe: Any, intercept: bool, salt: str
+) -> Any:
+    """Inductor's lowering of :data:`~.scan_step.scan_step`."""
+    if key.get_device().type == "cpu":
+        step = torch.ops.parallax.scan_step.default
+        arguments = (matrix, first, second, count, key, value, probe, intercept, salt)
+        return inductor.fallback_handler(step, add_to_fallback_set=False)(*arguments)
+    guard = inductor.V.graph.sizevars.guard_int
+    (layout,) = node_layouts([inductor.V.graph.current_node.meta["val"]])
+    batch, heads, length, width = key.get_size()
+    length, width, value_width = guard(length), guard(width), guard(value.get_size()[3])
+    group = guard(probe.get_size()[1]) // guard(heads)
+    sums = [_operand(node) for node in (matrix, first, second)]
+    nodes = [*(_operand(node) for node in (key, value, probe, count)), *sums]
+    choices: list[Any] = []
+    error = _STEP.maybe_append_choice(
+        choices,
+        input_nodes=nodes,
+        layout=layout,
+        mutated_inputs=sums,
+        call_sizes=[batch, heads],
+        # The whole state in registers: 64 numbers a thread.
+        num_warps=max(1, min(16, padded(width) * padded(value_width) // 2048)),
+        num_stages=1,
+        ROWS=1 << (length * group - 1).bit_length(),
+        LENGTH=length,
+        GQA=group,
+        D=width,
+        DV=value_width,
+        D_PAD=padded(width),
+        DV_PAD=padded(value_width),
+        INTERCEPT=intercept,
+    )
+    if error is not None:
+        raise error
+    return inductor.autotune("parallax_scan_step", choices, distinct(nodes), layout, {})
 
 
 def _size(size: Any) -> Any:

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 
 
-def is_identity(graph: torch.fx.GraphModule) -> bool:
-    """Whether a score mod returns its score as it came."""
+def is_identity(graph: Any) -> bool:
+    """Whether a score mod returns its score as it came; of plain code we cannot know."""
+    if not isinstance(graph, torch.fx.GraphModule):
+        return False
     nodes = list(graph.graph.nodes)
     (returned,) = nodes[-1].args
     if isinstance(returned, (list, tuple)):
@@ -16,8 +18,10 @@ def is_identity(graph: torch.fx.GraphModule) -> bool:
     return returned is nodes[0]
 
 
-def is_always_true(graph: torch.fx.GraphModule) -> bool:
+def is_always_true(graph: Any) -> bool:
     """Whether a mask reads neither its indices nor a tensor: it only makes a constant (ours makes True)."""
+    if not isinstance(graph, torch.fx.GraphModule):
+        return False
     made: tuple[Any, ...] = (
         torch.ops.aten.new_ones.default,
         torch.ops.aten.ones.default,

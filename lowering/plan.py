@@ -10,7 +10,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Direction = Literal["forward", "backward"]
-Algorithm = Literal["streaming", "row chunks", "pointwise", "conjugate gradients", "gradient steps", "chunked scan"]
+Algorithm = Literal[
+    "streaming",
+    "row chunks",
+    "pointwise",
+    "conjugate gradients",
+    "gradient steps",
+    "chunked scan",
+    "split keys",
+    "merge of states",
+]
 
 EXPECTED_ITERATIONS = 16
 """Steps that a solve is expected to take, for its cost: rows stop by their residual (the first ``2 D`` rows take more)."""
@@ -22,6 +31,12 @@ CHUNK = 64
 _MOST_SEGMENTS = 16
 _LEAST_SEGMENT = 256
 _SCAN_PROGRAMS = 1024
+
+# Decoding: rows of a program at most, and rows of a head that the program which arrives last still merges by itself.
+_MOST_ROWS = 32
+_MERGED_BY_THE_LAST = 4
+MOST_COUNTERS = 1 << 15
+"""Heads of all sequences whose splits may count who is last (:func:`.decode.counters_of`)."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +167,70 @@ def scan_segments(batch: Any, heads: Any, length: Any) -> int:
         return _MOST_SEGMENTS // 2
     most = min(_MOST_SEGMENTS, -(-length // _LEAST_SEGMENT))
     return max(1, min(most, -(-_SCAN_PROGRAMS // max(1, 2 * batch * heads))))
+
+
+Merge = Literal["none", "kernel", "stage"]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a decode call's work is cut into programs: by rows here, by keys in the kernel, which alone knows the lengths.
+
+    Attributes:
+        rows: rows of a tile, a power of two; a row is one query of one of the heads that share a key head.
+        row_tiles: tiles of rows of a key head.
+        slots: programs of one tile of rows and one key head that the splits of all sequences are to fill.
+        least_tiles: tiles of keys that a split has at least, where its sequence has that many.
+        programs: programs of one tile of rows and one key head that are launched.
+        merge: how the states of splits merge: there is one split of each sequence; by the program of a head that arrives last;
+            or in a stage of its own.
+    """
+
+    rows: int
+    row_tiles: int
+    slots: int
+    least_tiles: int
+    programs: Any
+    merge: Merge
+
+
+def decode_cut(
+    *,
+    batch: Any,
+    kv_heads: int,
+    rows_of_head: int,
+    most_keys: int | None,
+    has_probe: bool,
+    block_n: int,
+    programs: int,
+    least_tiles: int = 1,
+    merge: Merge | None = None,
+) -> Cut:
+    """Cut a decode call.
+
+    Args:
+        batch: sequences, perhaps a symbol; rows_of_head: queries times query heads of a key head.
+        most_keys: that a row can see: the capacity, or less under a window; None where it is a symbol.
+        has_probe: a row's probe takes a second row of the tile.
+        block_n: keys of a tile.
+        programs: that fill the device.
+        merge: the user's choice.
+    """
+    fewest = 8 if has_probe else 16  # the tensor cores take 16 rows
+    rows = max(fewest, min(_MOST_ROWS, 1 << (rows_of_head - 1).bit_length()))
+    row_tiles = -(-rows_of_head // rows)
+    heads = kv_heads * row_tiles
+    slots = max(1, -(-programs // heads))
+    known = isinstance(batch, int)
+    # A window, or the rows of a call, may begin inside of a tile.
+    most_splits = None if most_keys is None else -(-(-(-most_keys // block_n) + 1) // least_tiles)
+    if most_keys is not None and -(-most_keys // block_n) <= least_tiles:
+        return Cut(rows, row_tiles, slots, least_tiles, batch, "none")
+    launched = slots + batch
+    if known and most_splits is not None:
+        launched = min(launched, batch * most_splits)
+    fits = row_tiles == 1 and rows_of_head <= _MERGED_BY_THE_LAST and known and batch * heads <= MOST_COUNTERS
+    return Cut(rows, row_tiles, slots, least_tiles, launched, (merge or "kernel") if fits else "stage")
 
 
 def make_plan(problem: Problem) -> Plan:

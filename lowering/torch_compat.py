@@ -139,6 +139,7 @@ FENCED: dict[str, tuple[str, ...]] = {
     "torch._inductor.kernel.flex.flex_attention:process_joint_outputs": ("all_joint_outputs", "num_placeholders"),
     "torch._inductor.kernel.flex.flex_attention:validate_joint_graph": ("joint_graph",),
     "torch._inductor.lowering:empty_strided": ("size", "stride", "dtype", "device"),
+    "torch._inductor.lowering:fallback_handler": ("kernel", "add_to_fallback_set"),
     "torch._inductor.lowering:lowerings": (),
     "torch._inductor.lowering:make_pointwise": ("fn",),
     "torch._inductor.lowering:register_lowering": ("aten_fn", "type_promotion_kind"),
@@ -348,6 +349,7 @@ class _Inductor:
     _SOURCES: ClassVar[dict[str, str]] = {
         "ir": "torch._inductor.ir",
         "config": "torch._inductor.config",
+        "fallback_handler": "torch._inductor.lowering:fallback_handler",
         "lowerings": "torch._inductor.lowering:lowerings",
         "register_lowering": "torch._inductor.lowering:register_lowering",
         "make_pointwise": "torch._inductor.lowering:make_pointwise",

@@ -8,12 +8,14 @@
 
 from __future__ import annotations
 
-from . import errors, masks, mods, nn
+from . import caches, errors, masks, mods, nn
 from .attention import AuxOutput, AuxRequest, attention, flex_attention
 from .compiler import parallax_compile
+from .decoding import decode
 from .explanation import Explanation, explain
 from .inspection import Inspection, inspect
 from .lowering.scan import State
+from .recurrent import decode_state, empty_state
 from .spec import (
     AFFINE_LINEAR,
     AFFINE_MESA,
@@ -57,6 +59,10 @@ __all__ = [
     "State",
     "Zero",
     "attention",
+    "caches",
+    "decode",
+    "decode_state",
+    "empty_state",
     "errors",
     "explain",
     "family",

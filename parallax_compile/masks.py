@@ -239,6 +239,21 @@ def all_of(*parts: LibraryMask) -> LibraryMask:
     return AllOf(tuple(flat))
 
 
+def reach(mask_mod: MaskMod | None) -> int | None:
+    """How many positions a row sees at most before its own; None where there is no bound, or none is known.
+
+    Args:
+        mask_mod: the spec's mask; only library masks are recognised.
+    """
+    parts: tuple[Any, ...] = mask_mod.parts if isinstance(mask_mod, AllOf) else (mask_mod,)
+    found = None
+    for part in parts:
+        if isinstance(part, SlidingWindow):
+            own = max(0, part.window - 1 - part.offset)
+            found = own if found is None else min(found, own)
+    return found
+
+
 def prefix(mask_mod: MaskMod | None, q_length: int, kv_length: int) -> Prefix | None:
     """The keys of each row as a running prefix, where the mask is one: none, causal, or causal within contiguous documents.
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from . import masks
 from .attention import attention
+from .decoding import decode
 from .errors import InputError
 from .spec import PARALLAX, AttentionSpec
 
@@ -36,8 +37,11 @@ class RotaryEmbedding(nn.Module):
 
     def angles(self, length: int, offset: int = 0) -> tuple[Tensor, Tensor]:
         """Cosine and sine for positions ``offset .. offset + length``, ``[L, 1, D / 2]``."""
-        position = torch.arange(offset, offset + length, device=self.inverse_frequency.device, dtype=torch.float32)
-        angle = (position[:, None] * self.inverse_frequency)[:, None]
+        return self.angles_at(torch.arange(offset, offset + length, device=self.inverse_frequency.device))
+
+    def angles_at(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine for positions ``[L]`` or ``[B, L]``: ``[..., L, 1, D / 2]``."""
+        angle = (position[..., None].float() * self.inverse_frequency)[..., None, :]
         return angle.cos(), angle.sin()
 
     @staticmethod
@@ -120,28 +124,54 @@ class ParallaxAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend over ``x [B, L, E]``."""
+        query, key, value, probe = self._projected(x, torch.arange(x.size(1), device=x.device))
+        out = attention(query, key, value, probe, spec=self.spec, enable_gqa=self.num_heads != self.num_kv_heads)
+        return self._joined(out)
+
+    def decode(
+        self,
+        x: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        cache_seqlens: Tensor,
+        page_table: Tensor | None = None,
+        **more: Any,
+    ) -> Tensor:
+        """Attend over new positions ``x [B, L, E]`` behind those in a cache, which they are appended to in place.
+
+        Args:
+            key_cache, value_cache, cache_seqlens, page_table: as for :func:`~parallax_compile.decode`,
+            ``cache_seqlens`` a tensor;
+                keys are cached as the rotary embedding leaves them.
+            more: ``k_scale``, ``v_scale``, ``kernel_options``.
+        """
+        position = cache_seqlens[:, None] + torch.arange(x.size(1), device=x.device)
+        query, key, value, probe = self._projected(x, position)
+        caches: dict[str, Any] = {"cache_seqlens": cache_seqlens, "page_table": page_table, "key": key, "value": value}
+        return self._joined(decode(query, key_cache, value_cache, probe, spec=self.spec, **caches, **more))
+
+    def _projected(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Query, key, value and probe, ``[B, H, L, D]``, of ``x [B, L, E]`` at positions ``[L]`` or ``[B, L]``."""
         batch, length, _ = x.shape
 
         def heads(projection: nn.Linear, count: int) -> Tensor:
             return projection(x).view(batch, length, count, self.head_dim)
 
         query, key = heads(self.q_proj, self.num_heads), heads(self.k_proj, self.num_kv_heads)
+        value = heads(self.v_proj, self.num_kv_heads)
         probe = None if self.r_proj is None else heads(self.r_proj, self.num_heads)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         if self.rotary is not None:
-            cosine, sine = self.rotary.angles(length)
+            cosine, sine = self.rotary.angles_at(position)
             query, key = self.rotary.rotate(query, cosine, sine), self.rotary.rotate(key, cosine, sine)
             probe = None if probe is None else self.rotary.rotate(probe, cosine, sine)
-        out = attention(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            heads(self.v_proj, self.num_kv_heads).transpose(1, 2),
-            None if probe is None else probe.transpose(1, 2),
-            spec=self.spec,
-            enable_gqa=self.num_heads != self.num_kv_heads,
-        )
-        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
+        probe = None if probe is None else probe.transpose(1, 2)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), probe
+
+    def _joined(self, out: Tensor) -> Tensor:
+        """``[B, H, L, D]`` through the output projection: ``[B, L, E]``."""
+        return self.o_proj(out.transpose(1, 2).reshape(out.size(0), out.size(2), -1))
 
     def extra_repr(self) -> str:
         """Sizes and member."""

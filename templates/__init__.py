@@ -6,7 +6,12 @@ import functools
 from pathlib import Path
 
 _HERE = Path(__file__).parent
-_SHARED = {"core": ("tiles", "solve_shared", "core_shared"), "scan": ("tiles", "solve_shared", "scan_shared")}
+_SHARED = {
+    "core": ("tiles", "solve_shared", "core_shared"),
+    "scan": ("tiles", "solve_shared", "scan_shared"),
+    "decode": ("tiles", "solve_shared", "core_shared", "decode_shared"),
+    "cache": ("decode_shared",),
+}
 
 
 @functools.cache

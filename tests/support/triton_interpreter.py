@@ -2,7 +2,7 @@
 
 - bfloat16 is stored as 16-bit integers, and ``tl.dot`` and every arithmetic operation work on those integers; conversions to
   bfloat16 truncate (or, with an explicit rounding mode, lose the carry into the exponent) where the hardware rounds to
-  nearest even.
+  nearest even. Those to float8_e4m3fn lose the carry too, and from it to bfloat16 there is none.
 - ``libdevice`` functions are external calls, which the interpreter refuses.
 - ``tl.range`` yields Python ints where compiled code has tensors.
 
@@ -57,6 +57,21 @@ def narrowed(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
 
+def eight_bits(values: np.ndarray) -> np.ndarray:
+    """Numbers as float8_e4m3fn bits, rounded to nearest even (the original loses the carry into the exponent)."""
+    import torch
+
+    numbers = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+    return numbers.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+
+def from_eight_bits(bits: np.ndarray) -> np.ndarray:
+    """float8_e4m3fn bits as float32 (exact)."""
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(bits)).view(torch.float8_e4m3fn).float().numpy()
+
+
 def _repair_bfloat16() -> None:
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -74,8 +89,12 @@ def _repair_bfloat16() -> None:
         @functools.wraps(original)
         def convert(self: Any, src: Any, dst_type: Any, *rest: Any) -> Any:
             source, destination = src.dtype.scalar, dst_type.scalar
-            if source == destination or tl.bfloat16 not in (source, destination):
+            if source == destination or not {tl.bfloat16, tl.float8e4nv} & {source, destination}:
                 return original(self, src, dst_type, *rest)
+            if source == tl.float8e4nv:
+                src = TensorHandle(from_eight_bits(src.data), tl.float32)
+            if destination == tl.float8e4nv:
+                return TensorHandle(eight_bits(wide(src).data), tl.float8e4nv)
             src = wide(src)
             if destination == tl.bfloat16:
                 return TensorHandle(narrowed(src.data.astype(np.float32)), tl.bfloat16)

@@ -1,0 +1,369 @@
+"""Inductor lowering of the decode operator: two templates (GPU), or the core's CPU path on gathered caches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import templates
+from . import cpu
+from .append import append  # noqa: F401  (its lowering is here)
+from .candidates import decode_candidates, padded
+from .decode import as_core, attention_decode, empty_statistics
+from .inductor import (
+    LN2,
+    LOG2E,
+    _flat,
+    _forward_mod,
+    _inline,
+    _realized,
+    _tma_possible,
+    allocate,
+    distinct,
+    node_layouts,
+    precision,
+    shared_memory_limit,
+)
+from .mod_graphs import is_always_true
+from .plan import Cut, decode_cut
+from .torch_compat import inductor
+
+
+@inductor.SymbolicGridFn
+def _splits(programs: Any, heads: Any, meta: dict[str, Any]) -> tuple[Any, Any, Any]:
+    return (programs, heads, 1)
+
+
+@inductor.SymbolicGridFn
+def _rows(batch: Any, heads: Any, meta: dict[str, Any]) -> tuple[Any, Any, Any]:
+    return (batch, heads, meta["ROWS_USED"])
+
+
+@inductor.SymbolicGridFn
+def _new_keys(batch: Any, heads: Any, keys: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, Any, Any]:
+    return (batch, heads, cdiv(keys, meta["APPEND_BLOCK"]))
+
+
+_TEMPLATES = {
+    "cache_append": inductor.template("parallax_cache_append", _new_keys, templates.load("cache_append")),
+    "decode_split": inductor.template("parallax_decode_split", _splits, templates.load("decode_split")),
+    "decode_merge": inductor.template("parallax_decode_merge", _rows, templates.load("decode_merge")),
+}
+_APPENDED_AT_ONCE = 16  # new keys that a program writes at once
+_APPENDED_ON_THE_WAY = 16  # new keys that a decode kernel writes itself, at most
+_BATCH_BLOCK = 256  # sequences whose lengths a program reads at once, at most
+_MERGED_NUMBERS = 8192  # of partial sums that a merge holds at once
+
+
+def _int(size: Any) -> int | None:
+    """A size that is known when the code is made; None for a symbol."""
+    return int(size) if getattr(size, "is_number", isinstance(size, int)) else None
+
+
+def _operand(node: Any) -> Any:
+    (node,) = inductor.maybe_realize([node])
+    inductor.freeze_irnodes([node])
+    return node
+
+
+def _choose(
+    stage: str, inputs: dict[str, Any], layout: Any, choices: list[Any], captured: list[Any], subgraphs: list[Any]
+) -> Any:
+    tensors = [node for node in (*inputs.values(), *captured) if isinstance(node, inductor.ir.IRNode)]
+    generators = {}
+    for position, name in enumerate(inputs):
+        # What times candidates gets full caches, pages that exist, and counters at 0.
+        if name == "LENGTHS":
+            generators[position] = lambda node: _filled(node, 1 << 30)
+        elif name in ("PAGES", "COUNTERS"):
+            generators[position] = lambda node: _filled(node, 0)
+    out = inductor.autotune(f"parallax_{stage}", choices, distinct(tensors), layout, generators)
+    out.data.data.subgraph_inps = captured
+    out.data.data.subgraph_outs = _flat(subgraphs)
+    return out
+
+
+def _filled(node: Any, value: int) -> torch.Tensor:
+    sizes = inductor.V.graph.sizevars.optimization_hints(node.get_size())
+    return torch.full([int(size) for size in sizes], value, dtype=node.get_dtype(), device=node.get_device())
+
+
+def _cache_switches(inputs: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """What a template must know of the caches ``K``, ``V``."""
+    guard = inductor.V.graph.sizevars.guard_int
+    key = inputs["K"]
+    width, value_width = guard(key.get_size()[3]), guard(inputs["V"].get_size()[3])
+    eight_bits = key.get_dtype().itemsize == 1
+    return {
+        "D": width,
+        "DV": value_width,
+        "D_PAD": padded(width),
+        "DV_PAD": padded(value_width),
+        "PAGED": "PAGES" in inputs,
+        "PAGE_SIZE": guard(key.get_size()[1]) if "PAGES" in inputs else 0,
+        "EIGHT_BITS": eight_bits,
+        "LARGEST": torch.finfo(key.get_dtype()).max if eight_bits else 0.0,
+        "HAS_KEY_SCALE": "KEY_SCALE" in inputs,
+        "HAS_VALUE_SCALE": "VALUE_SCALE" in inputs,
+        "KEY_FACTOR": options["key_factor"],
+        "VALUE_FACTOR": options["value_factor"],
+        "APPEND_BLOCK": _APPENDED_AT_ONCE,
+    }
+
+
+# --- append ---------------------------------------------------------------------------------------------------------
+
+
+def _pending() -> dict[Any, tuple[Any, Any]]:
+    """New keys and values of the graph being lowered that a decode node still to come writes on its way, by that node."""
+    return inductor.V.graph.__dict__.setdefault("parallax_pending_appends", {})
+
+
+def _reader_on_the_way(node: torch.fx.Node, new_keys: Any) -> torch.fx.Node | None:
+    """The decode node that may write what the append ``node`` does: the first to read its caches, and for the same append.
+
+    Only of caches that are inputs of the graph is it known that nothing else sees their memory under another name.
+    """
+    key_cache, value_cache, _, _, lengths, *paging = node.args[:8]
+    if not (isinstance(new_keys, int) and new_keys <= _APPENDED_ON_THE_WAY):
+        return None
+    caches: Any = (key_cache, value_cache)
+    if any(cache.op != "placeholder" for cache in caches) or key_cache is value_cache:
+        return None
+    following = node.next
+    while following.op != "root":
+        if any(cache in following.all_input_nodes for cache in caches):
+            break
+        following = following.next
+    if following.op == "root" or following.target is not attention_decode:
+        return None
+    given: Any = following.args
+    same = (*given[1:3], given[4], *given[5:8]) == (*caches, lengths, *paging)
+    reads_only_there = all(cache not in (given[0], given[3]) for cache in caches)
+    return following if same and reads_only_there and given[15]["new_keys"] == new_keys else None
+
+
+@inductor.register_lowering(torch.ops.parallax.append.default, type_promotion_kind=None)
+def _lower_append(*arguments: Any) -> Any:
+    """Inductor's lowering of :data:`~.append.append`."""
+    key_cache, value_cache, key, value, lengths, pages, key_scale, value_scale, key_factor, value_factor, _ = arguments
+    if key_cache.get_device().type == "cpu":
+        # In plain torch, as an operator of its own: inlined, Inductor would make copies of the caches.
+        return inductor.fallback_handler(torch.ops.parallax.append.default, add_to_fallback_set=False)(*arguments)
+    node, new_keys = inductor.V.graph.current_node, _int(key.get_size()[2])
+    reader = _reader_on_the_way(node, new_keys)
+    if reader is not None:
+        _pending()[reader] = (key, value)
+        return None
+    operands = {"KEY": key, "VALUE": value, "K": key_cache, "V": value_cache, "LENGTHS": lengths, "PAGES": pages}
+    operands |= {"KEY_SCALE": key_scale, "VALUE_SCALE": value_scale}
+    inputs = {name: _operand(operand) for name, operand in operands.items() if operand is not None}
+    ir = inductor.ir
+    layout = ir.FixedLayout(key_cache.get_device(), torch.int32, [1], [1])
+    batch, heads, length, _ = key.get_size()
+    choices: list[Any] = []
+    error = _TEMPLATES["cache_append"].maybe_append_choice(
+        choices,
+        input_nodes=list(inputs.values()),
+        layout=layout,
+        mutated_inputs=[inputs["K"], inputs["V"]],
+        call_sizes=[batch, heads, length],
+        num_warps=4,
+        num_stages=1,
+        NEW_KEYS=length,
+        **_cache_switches(inputs, {"key_factor": key_factor, "value_factor": value_factor}),
+    )
+    if error is not None:
+        raise error
+    _choose("cache_append", inputs, layout, choices, [], [])
+    return None
+
+
+# --- decode ---------------------------------------------------------------------------------------------------------
+
+
+@inductor.register_lowering(attention_decode, type_promotion_kind=None)
+def _lower_decode(*arguments: Any) -> Any:
+    """Inductor's lowering of :data:`~.decode.attention_decode`."""
+    query, key, value, probe, lengths, pages, key_scale, value_scale, counters = arguments[:9]
+    score, covariance, mask, scale, intercept, save_statistics, options, *buffers = arguments[9:]
+    device = query.get_device()
+    if device.type == "cpu":
+        return cpu.lower(_on_cpu, arguments)
+    guard = inductor.V.graph.sizevars.guard_int
+    operands = {"Q": query, "K": key, "V": value, "R": probe, "LENGTHS": lengths, "PAGES": pages}
+    operands |= {"KEY_SCALE": key_scale, "VALUE_SCALE": value_scale}
+    inputs = {name: _operand(node) for name, node in operands.items() if node is not None}
+    mods = (_forward_mod(score, buffers[0], device), _forward_mod(covariance, buffers[1], device))
+    predicate = _inline(mask[-1], buffers[2], device, score=False)
+    captured = [*mods[0].buffers, *mods[1].buffers, *_realized(buffers[2])]
+    subgraphs = [mods[0].value, mods[1].value, predicate]
+
+    batch, q_heads, q_length, width = query.get_size()
+    q_heads, q_length, width, value_width = map(guard, (q_heads, q_length, width, value.get_size()[3]))
+    paged = pages is not None
+    cache = _cache_switches(inputs, options)
+    kv_heads, page_size = guard(key.get_size()[2 if paged else 1]), cache["PAGE_SIZE"]
+    capacity = _int(key.get_size()[2]) if not paged else _int(pages.get_size()[1])
+    if paged and capacity is not None:
+        capacity *= page_size
+    window = options["window"]
+    most_keys = capacity
+    if window is not None:
+        most_keys = window + q_length if capacity is None else min(capacity, window + q_length)
+    group = q_heads // kv_heads
+    batch = batch if _int(batch) is None else int(batch)
+    has_probe = probe is not None
+    common = {
+        "SCALE": scale,
+        "GQA": group,
+        "Q_LEN": q_length,
+        **cache,
+        "HAS_PROBE": has_probe,
+        "PROBE_SPLIT": has_probe and probe.get_dtype().itemsize > query.get_dtype().itemsize,
+        "INTERCEPT": intercept,
+        "SCORE_MOD": not mods[0].identity,
+        "COVARIANCE_MOD": has_probe and not mods[1].identity,
+        "HAS_MASK": not is_always_true(mask[-1].graph_module),
+        "HAS_WINDOW": window is not None,
+        "BEHIND": window or 0,
+        "NEW_KEYS": options["new_keys"],
+        "SAVE_STATISTICS": save_statistics,
+        "PRECISION": precision(),
+        "LOG2E": LOG2E,
+        "LN2": LN2,
+        "ONE_SEQUENCE": batch == 1,
+        "BATCH_BLOCK": _BATCH_BLOCK if not isinstance(batch, int) else max(16, min(_BATCH_BLOCK, padded(batch))),
+    }
+
+    def cut(block_n: int, programs: int) -> Cut:
+        return decode_cut(
+            batch=batch,
+            kv_heads=kv_heads,
+            rows_of_head=q_length * group,
+            most_keys=most_keys,
+            has_probe=has_probe,
+            block_n=block_n,
+            programs=programs * torch.cuda.get_device_properties(device).multi_processor_count,
+            merge=options.get("MERGE"),
+        )
+
+    new = _pending().pop(inductor.V.graph.current_node, None)
+    stacked = cut(64, 1).rows * (2 if has_probe else 1)
+    found = decode_candidates(
+        rows=stacked,
+        width=width,
+        value_width=value_width,
+        itemsize=query.get_dtype().itemsize,
+        cache_itemsize=key.get_dtype().itemsize,
+        shared_memory_limit=shared_memory_limit(device),
+        # The copy engine would not see what the program itself has just written.
+        tma=not paged and new is None and _tma_possible(device, [inputs["K"], inputs["V"]]),
+        options=options,
+    )
+    cuts = [cut(candidate.block_n, candidate.programs) for candidate in found]
+    # The buffers of the states are made for one way to merge and one number of programs: those of the first candidate.
+    if not inductor.config.max_autotune:
+        found, cuts = found[:1], cuts[:1]
+    merge = cuts[0].merge
+    pairs = [(candidate, own) for candidate, own in zip(found, cuts, strict=True) if own.merge == merge]
+    if merge == "stage" or not all(isinstance(own.programs, int) for own in cuts):
+        # The stage that merges works the cut out again; and of symbols there is no largest.
+        pairs = pairs[:1]
+    programs = pairs[0][1].programs if len(pairs) == 1 else max(own.programs for _, own in pairs)
+    rows, heads = cuts[0].rows, kv_heads * cuts[0].row_tiles
+    used = min(rows, q_length * group)
+    parts = 2 if has_probe else 1
+    out_layout, *statistics_layouts = node_layouts()
+    statistics = dict(zip(("LSE", "PROBE_MEAN"), map(allocate, statistics_layouts), strict=True))
+    partial = {"PARTIAL": _scratch(device, [programs, heads, rows, parts * value_width])}
+    state_size = [programs, heads, rows, 4]
+    split_inputs, written = dict(inputs), {}
+    if merge == "kernel":
+        split_inputs["COUNTERS"] = _operand(counters)
+        written = partial | {"STATE": _scratch(device, state_size)}
+    elif merge == "stage":
+        written = dict(partial)
+    if save_statistics and merge != "stage":
+        written |= statistics
+    if new is not None:
+        split_inputs |= {name: _operand(node) for name, node in zip(("KEY", "VALUE"), new, strict=True)}
+    split_inputs |= written
+    mutated = [*written.values(), *((inputs["K"], inputs["V"]) if new is not None else ())]
+    layout = out_layout
+    if merge == "stage":
+        ir = inductor.ir
+        layout = ir.FixedLayout(device, torch.float32, state_size, ir.FlexibleLayout.contiguous_strides(state_size))
+    choices: list[Any] = []
+    for candidate, own in pairs:
+        shape = {
+            "ROWS": rows,
+            "ROW_TILES": own.row_tiles,
+            "ROWS_USED": used,
+            "BLOCK_M": stacked,
+            "BLOCK_N": candidate.block_n,
+            "SLOTS": own.slots,
+            "LEAST_TILES": own.least_tiles,
+            "USE_TMA": candidate.tma,
+            "APPENDS": new is not None,
+            "SPLIT": merge != "none",
+            "MERGE_HERE": merge == "kernel",
+            "ONE_PAGE": paged and page_size % candidate.block_n == 0,
+            "MERGED_AT_ONCE": _merged_at_once(value_width, parts, own),
+        }
+        error = _TEMPLATES["decode_split"].maybe_append_choice(
+            choices,
+            input_nodes=list(split_inputs.values()),
+            layout=layout,
+            subgraphs=subgraphs,
+            mutated_inputs=mutated,
+            call_sizes=[own.programs, heads],
+            num_warps=candidate.num_warps,
+            num_stages=candidate.num_stages,
+            **shape,
+            **common,
+        )
+        if error is not None:
+            raise error
+    first = _choose("decode_split", split_inputs, layout, choices, captured, subgraphs)
+    if merge != "stage":
+        return first, statistics["LSE"], statistics["PROBE_MEAN"]
+    merge_inputs = {"STATE": first, "PARTIAL": partial["PARTIAL"], "LENGTHS": inputs["LENGTHS"]}
+    merge_inputs |= {"PAGES": inputs["PAGES"]} if paged else {"K": inputs["K"]}
+    if value_scale is not None:
+        merge_inputs["VALUE_SCALE"] = inputs["VALUE_SCALE"]
+    if save_statistics:
+        merge_inputs |= statistics
+    choices = []
+    error = _TEMPLATES["decode_merge"].maybe_append_choice(
+        choices,
+        input_nodes=list(merge_inputs.values()),
+        layout=out_layout,
+        mutated_inputs=list(statistics.values()) if save_statistics else [],
+        call_sizes=[batch, heads],
+        num_warps=4,
+        num_stages=1,
+        **shape,
+        **common,
+    )
+    if error is not None:
+        raise error
+    out = _choose("decode_merge", merge_inputs, out_layout, choices, [], [])
+    return out, statistics["LSE"], statistics["PROBE_MEAN"]
+
+
+def _merged_at_once(value_width: int, parts: int, own: Cut) -> int:
+    most = max(1, _MERGED_NUMBERS // (padded(value_width) * parts))
+    wanted = own.programs if isinstance(own.programs, int) else own.slots + 1
+    return min(most, 1 << max(0, wanted - 1).bit_length())
+
+
+def _scratch(device: torch.device, sizes: list[Any]) -> Any:
+    strides = inductor.ir.FlexibleLayout.contiguous_strides(sizes)
+    return inductor.empty_strided(sizes, strides, dtype=torch.float32, device=device)
+
+
+def _on_cpu(*arguments: Any) -> Any:
+    out, _, lse, mean = cpu.forward(*as_core(arguments))
+    return (out, lse, mean) if arguments[14] else (out, *empty_statistics(lse))
