@@ -6,7 +6,7 @@ The first feasible candidate is the default; ``mode="max-autotune"`` times them 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -215,6 +215,7 @@ def candidates(
     q_block: int | None = None,
     kv_block: int | None = None,
     options: Mapping[str, Any] | None = None,
+    listed: Sequence[Candidate] | None = None,
 ) -> list[Candidate]:
     """Feasible candidates for ``stage``, best first, at least one.
 
@@ -227,24 +228,20 @@ def candidates(
         tma: whether the target has tensor descriptors and the tensors are laid out as they need it.
         q_block, kv_block: sizes of the block mask's blocks, which tiles must divide; None without one.
         options: the user's ``kernel_options``; a more specific prefix wins over a less specific one.
+        listed: candidates in place of the table's; may leave none.
 
     Raises:
         InputError: the user's options exceed the target's shared memory, do not divide the mask's blocks, or ask for
             tensor descriptors where there can be none.
     """
-    widest = max(padded(width), padded(value_width))
-    row = next(limit for limit in (64, 128, 256) if widest <= limit)
-    forced = _forced(stage, options or {})
+    forced = forced_fields(stage, options or {})
     if forced.get("tma") and not tma:
         raise InputError(
             f"kernel_options[USE_TMA] of {stage} needs a GPU of capability 9.0 or more, and query, key, value, probe and "
             "the gradient of out with contiguous rows at multiples of 16 bytes. Leave it out, or copy with .contiguous()."
         )
-    key = (stage, itemsize == 2, row)
-    rows = (_TABLE_WITHOUT_PROBE.get(key) if not has_probe else None) or _TABLE[key]
     found: list[Candidate] = []
-    for values in rows:
-        candidate = Candidate(*values)  # type: ignore[arg-type]  # the fifth of a row is a bool
+    for candidate in table(stage, width, value_width, itemsize, has_probe) if listed is None else listed:
         if candidate.tma and not tma and "tma" not in forced:
             continue
         candidate = replace(candidate, **forced)
@@ -261,7 +258,7 @@ def candidates(
         return shared_memory(stage, candidate, width, value_width, itemsize, has_probe) <= shared_memory_limit
 
     feasible = [candidate for candidate in found if fits(candidate)]
-    if feasible:
+    if feasible or listed is not None:
         return feasible
     # The last of each row is the smallest; with fewer stages it is the least that can be asked for.
     smallest = replace(found[-1], num_stages=forced.get("num_stages", 1))
@@ -273,7 +270,16 @@ def candidates(
     return [smallest]
 
 
-def _forced(stage: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def table(stage: str, width: int, value_width: int, itemsize: int, has_probe: bool) -> list[Candidate]:
+    """The table's candidates for a stage, best first, whether or not a target can hold them."""
+    widest = max(padded(width), padded(value_width))
+    key = (stage, itemsize == 2, next(limit for limit in (64, 128, 256) if widest <= limit))
+    rows = (_TABLE_WITHOUT_PROBE.get(key) if not has_probe else None) or _TABLE[key]
+    return [Candidate(*values) for values in rows]  # type: ignore[arg-type]  # the fifth of a row is a bool
+
+
+def forced_fields(stage: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a candidate that ``kernel_options`` settle for a stage."""
     forced: dict[str, Any] = {}
     for prefix in _OPTION_PREFIXES[stage]:
         for name, attribute in _OPTION_FIELDS.items():

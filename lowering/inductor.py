@@ -11,12 +11,13 @@ import torch
 
 from .. import templates
 from . import cpu, elementwise  # noqa: F401  (elementwise registers its lowerings)
-from .candidates import candidates, padded
-from .mod_graphs import is_always_true, is_identity
+from .candidates import padded
+from .mod_graphs import digest, is_always_true, is_identity
 from .operator import BlockMaskOperands, attention_backward, attention_forward
 from .plan import Plan, Problem, make_plan
 from .solve import attention_solve
 from .torch_compat import inductor
+from .tuned import ask, offered
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
@@ -54,6 +55,7 @@ class _Mod:
     buffers: list[Any]
     identity: bool
     joint: Any = None
+    digest: str = ""
 
     @property
     def grad(self) -> Any:
@@ -86,7 +88,9 @@ def _inline(graph: Any, buffers: Sequence[Any], device: torch.device, *, score: 
 
 
 def _forward_mod(graph: Any, buffers: Sequence[Any], device: torch.device) -> _Mod:
-    return _Mod(_inline(graph, buffers, device, score=True), _realized(buffers), is_identity(graph.graph_module))
+    traced = graph.graph_module
+    value = _inline(graph, buffers, device, score=True)
+    return _Mod(value, _realized(buffers), is_identity(traced), digest=digest(traced))
 
 
 def _backward_mod(graph: Any, joint: Any, buffers: Sequence[Any], device: torch.device) -> _Mod:
@@ -117,6 +121,7 @@ class _Call:
     scale: float
     intercept: bool
     options: dict[str, Any]
+    digests: dict[str, str]
 
     @property
     def device(self) -> torch.device:
@@ -184,6 +189,7 @@ def _call(
         scale=scale,
         intercept=intercept,
         options={name: option for name, option in options.items() if name != "cache_salt"},
+        digests={"score": mods[0].digest, "covariance": mods[1].digest, "mask": digest(mask_graph.graph_module)},
     )
 
 
@@ -304,8 +310,15 @@ def _instantiate(
         "LN2": LN2,
         **switches,
     }
-    found = candidates(
-        stage,
+    found = offered(
+        ask(
+            stage,
+            device=call.device,
+            dtype=call.query.get_dtype(),
+            constants=common,
+            lengths=(problem.q_length, problem.kv_length),
+            mods=call.digests,
+        ),
         **shape,
         has_probe=problem.has_probe,
         shared_memory_limit=shared_memory_limit(call.device),

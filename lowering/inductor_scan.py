@@ -9,10 +9,11 @@ import torch
 
 from .. import templates
 from . import scan, scan_products
-from .candidates import candidates, padded
+from .candidates import padded
 from .inductor import allocate, distinct, node_layouts, precision, shared_memory_limit
 from .plan import CHUNK, scan_segments
 from .torch_compat import inductor, inline_in_lowering
+from .tuned import ask, offered
 
 
 @inductor.SymbolicGridFn
@@ -64,8 +65,9 @@ def _instantiate(
     low = torch.bfloat16 in dtypes
     # float16 ends at 65504, which sums over a sequence pass: its numbers are multiplied as TF32, which has as many bits.
     exact = "'tf32'" if torch.float16 in dtypes else precision()
-    found = candidates(
-        stage,
+    constants = {"D": width, "DV": value_width, "PRECISION": exact, "HAS_STARTS": "STARTS" in inputs, **switches}
+    found = offered(
+        ask(stage, device=device, dtype=operands["V"].get_dtype(), constants=constants, lengths=(length, length)),
         width=width,
         value_width=value_width,
         itemsize=2 if low else 4,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .cache_key import CACHE_SALT
+from .cache_key import cache_salt
 from .operator import empty_in_layout_of, statistics_dtype
 from .plan import CHUNK
 from .scan_products import NO_SUMS, Sums, product, scan_product, totals
@@ -90,7 +90,7 @@ class Kernels:
             inverse: ``1 / n`` of each row, ``[B or 1, Lq]``; starts: see :class:`Prefix`.
             matrix, first, second: the state before the sequence, all of them or none.
             intercept, moment, save_state, whole: see :func:`product`.
-            cache_salt: not used here; see :data:`~.cache_key.CACHE_SALT`.
+            cache_salt: not used here; see :func:`~.cache_key.cache_salt`.
 
         Returns:
             ``out [B, Hq, Lq, Dv]`` in key's dtype, ``t [B, Hq, Lq]``, and the state after the sequence; empty where
@@ -315,7 +315,7 @@ def attention(
         before = initial.count.to(wide)[:, None, None]
         moved = initial.key_value - center.mT * initial.value_sum[:, :, None]
         sums = (moved, initial.key_sum - before * center[:, :, 0], initial.value_sum)
-    switches = (intercept, moment, save_state, prefix.whole, CACHE_SALT)
+    switches = (intercept, moment, save_state, prefix.whole, cache_salt())
     out, mean, matrix, first, second = scan(query, probe, centred, value, 1.0 / count, prefix.starts, *sums, *switches)
     if center is not None and moment and probe is not None:
         group = probe.size(1) // key.size(1)

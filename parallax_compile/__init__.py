@@ -32,8 +32,7 @@ from .spec import (
     Zero,
     family,
 )
-
-__version__ = "0.1.0"
+from .version import __version__ as __version__
 
 __all__ = [
     "AFFINE_LINEAR",
