@@ -34,8 +34,8 @@ _Row = tuple[tuple[int, ...], ...]
 _TMA, _POINTERS = True, False
 
 # (stage, is the dtype 16-bit, padded width up to) -> candidates, best first: BLOCK_M, BLOCK_N, warps, stages, tma, held.
-# Widths are rounded up to a power of two. The 16-bit rows up to 128 are what a search on an H100 found (benchmarks/search.py,
-# benchmarks/NOTES.md).
+# Widths are rounded up to a power of two. The 16-bit rows up to 128 are what a search on an H100 found
+# (benchmarks/NOTES.md). What `plx.autotune` finds comes before all of them (tuned.py).
 _TABLE: dict[tuple[str, bool, int], _Row] = {
     ("core_forward", True, 64): (
         (64, 64, 4, 3),

@@ -94,12 +94,16 @@ class CompiledKernel:
         return frozenset(family for family, mnemonic in families.items() if mnemonic in ptx)
 
 
-def compile_kernel(kernel: GeneratedKernel, target: str | Target | None = None) -> CompiledKernel:
+def compile_kernel(
+    kernel: GeneratedKernel, target: str | Target | None = None, *, texts: bool = True, report: bool = True
+) -> CompiledKernel:
     """Compile ``kernel`` as Inductor would on ``target``; results are kept by Triton's own cache.
 
     Args:
         kernel: of :func:`.codegen.generate`, for the same target.
         target: see :func:`.targets.resolve`.
+        texts: whether to disassemble, for the SASS.
+        report: whether to ask ptxas for registers and spills; it assembles once more for that.
 
     Raises:
         InputError: unknown target.
@@ -121,13 +125,15 @@ def compile_kernel(kernel: GeneratedKernel, target: str | Target | None = None) 
         binary = triton.compile(source, target=GPUTarget("cuda", resolved.arch, 32), options=loaded.options)
     asm: dict[str, str | bytes] = {stage: binary.asm[stage] for stage in STAGES if stage in binary.asm}
     missing = {stage: "triton did not make it" for stage in STAGES[:-1] if stage not in asm}
-    sass, reason = _disassemble(asm.get("cubin"))
+    sass, reason = _disassemble(asm.get("cubin")) if texts else (None, "not asked for")
     if sass is None:
         missing["sass"] = reason
     else:
         asm["sass"] = sass
-    report, reason = _assemble(str(asm.get("ptx", "")), resolved, loaded.options)
-    if report is None:
+    said, reason = None, "not asked for"
+    if report:
+        said, reason = _assemble(str(asm.get("ptx", "")), resolved, loaded.options)
+    if said is None:
         missing["resources"] = reason
     shared = int(binary.metadata.shared)
     return CompiledKernel(
@@ -136,10 +142,10 @@ def compile_kernel(kernel: GeneratedKernel, target: str | Target | None = None) 
         asm=MappingProxyType(asm),
         missing=MappingProxyType(missing),
         resources=Resources(
-            registers=_number(r"Used (\d+) registers", report),
-            spill_stores=_number(r"(\d+) bytes spill stores", report),
-            spill_loads=_number(r"(\d+) bytes spill loads", report),
-            stack=_number(r"(\d+) bytes stack frame", report),
+            registers=_number(r"Used (\d+) registers", said),
+            spill_stores=_number(r"(\d+) bytes spill stores", said),
+            spill_loads=_number(r"(\d+) bytes spill loads", said),
+            stack=_number(r"(\d+) bytes stack frame", said),
             shared_memory=shared,
             num_warps=int(binary.metadata.num_warps),
             num_stages=int(loaded.options["num_stages"]),

@@ -12,6 +12,7 @@ import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -26,6 +27,8 @@ __all__ = [
     "FENCED",
     "CompileArguments",
     "InductorHooks",
+    "choice_grid",
+    "choice_source",
     "compile_arguments",
     "compile_backend",
     "deterministic_tracing",
@@ -43,10 +46,12 @@ FENCED: dict[str, tuple[str, ...]] = {
     "torch._dynamo.device_interface:caching_worker_current_devices": (),
     "torch._dynamo.device_interface:caching_worker_device_properties": (),
     "torch._functorch.config:enable_autograd_cache": (),
+    "torch._inductor.autotune_process:TritonBenchmarkRequest.__init__": ("kernel_name", "extra_args", "module_path"),
     "torch._inductor.async_compile:AsyncCompile.triton": ("kernel_name", "source_code", "device_str"),
     "torch._inductor.async_compile:_load_triton_kernel_from_source": ("kernel_name", "source_code"),
     "torch._inductor.compile_fx:compile_fx": ("model_", "example_inputs_", "inner_compile"),
     "torch._inductor.compile_fx:compile_fx_inner": ("gm", "example_inputs"),
+    "torch._inductor.config:allow_buffer_reuse": (),
     "torch._inductor.config:compile_threads": (),
     "torch._inductor.config:force_disable_caches": (),
     "torch._inductor.config:fx_graph_cache": (),
@@ -347,6 +352,18 @@ def triton_source(
         selector.preprocessing_fns.append(preprocess)
         stack.callback(selector.preprocessing_fns.remove, preprocess)
         compile_fx_inner(graph, inputs, **kwargs)
+
+
+def choice_source(choice: Any) -> tuple[str, str]:
+    """Name and source of the kernel by which Inductor would time a choice: the template's own, without what is fused to it."""
+    request = choice.bmreq
+    return request.kernel_name, Path(request.module_path).read_text(encoding="utf-8")
+
+
+def choice_grid(choice: Any) -> tuple[int, int, int]:
+    """The blocks of that kernel's launch; lengths that are symbols count as in the first call."""
+    x, y, z = (int(size) for size in choice.bmreq.extra_args[-3:])
+    return x, y, z
 
 
 def compile_backend(inner: Callable[..., Any]) -> Callable[..., Any]:

@@ -196,7 +196,7 @@ def listening() -> Iterator[list[Answer]]:
 
 @contextlib.contextmanager
 def exploring(spaces: Mapping[str, Sequence[Candidate]]) -> Iterator[None]:
-    """Offer a stage the candidates of ``spaces`` in place of what was tuned; stages that are not there as ever."""
+    """Offer a stage, after its default, the candidates of ``spaces``, whatever was tuned; stages that are not there as ever."""
     global _explored
     before, _explored = _explored, dict(spaces)
     try:
@@ -295,13 +295,22 @@ def offered(question: Question, **limits: Any) -> list[Candidate]:
 def _answer(question: Question, limits: Mapping[str, Any]) -> Answer:
     stage = question.stage
     if _explored is not None and stage in _explored:
-        found = candidates(stage, **{**limits, "options": None, "listed": _explored[stage]})
-        return Answer(question, "explored", tuple(found or candidates(stage, **limits)))
+        limits = {**limits, "options": None}
+        default = _settled(question, limits, stored=False)
+        found = candidates(stage, **{**limits, "listed": _explored[stage]})
+        others = [candidate for candidate in found if candidate != default.candidate]
+        return Answer(question, "explored", (default.candidate, *others), default.entry)
+    return _settled(question, limits)
+
+
+def _settled(question: Question, limits: Mapping[str, Any], *, stored: bool = True) -> Answer:
+    """The answer where no search is under way; without the store, what the package itself would take."""
+    stage = question.stage
     usual = candidates(stage, **limits)
     if forced_fields(stage, limits.get("options") or {}):
         return Answer(question, "kernel_options", tuple(usual))
     passed_over: list[str] = []
-    for level, entry in _lookups(question):
+    for level, entry in _lookups(question, stored):
         candidate = _candidate(entry)
         held = [] if candidate is None else candidates(stage, **{**limits, "listed": [candidate]})
         # Tiles are cut to the mask's blocks; a candidate that was cut is another one than was measured.
@@ -328,9 +337,9 @@ def _candidate(entry: Entry) -> Candidate | None:
     return candidate if sound and 1 <= candidate.num_stages <= 8 and isinstance(candidate.tma, bool) else None
 
 
-def _lookups(question: Question) -> Iterator[tuple[Level, Entry]]:
+def _lookups(question: Question, stored: bool) -> Iterator[tuple[Level, Entry]]:
     """What each level has, in order."""
-    entries = _store.entries()
+    entries = _store.entries() if stored else {}
     key = question.key()
     if entries:
         exact = entries.get(_digest(key))

@@ -32,6 +32,7 @@ from .spec import (
     Zero,
     family,
 )
+from .tuning import TuningReport, autotune
 from .version import __version__ as __version__
 
 __all__ = [
@@ -54,8 +55,10 @@ __all__ = [
     "Learned",
     "Solved",
     "State",
+    "TuningReport",
     "Zero",
     "attention",
+    "autotune",
     "errors",
     "explain",
     "family",
