@@ -5,12 +5,15 @@ The lowering executes a plan, ``plx.explain`` prints it, tests compare its text.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Direction = Literal["forward", "backward"]
 Algorithm = Literal["streaming", "row chunks", "pointwise", "conjugate gradients", "gradient steps", "chunked scan"]
+
+_log = logging.getLogger(__name__)
 
 EXPECTED_ITERATIONS = 16
 """Steps that a solve is expected to take, for its cost: rows stop by their residual (the first ``2 D`` rows take more)."""
@@ -162,11 +165,14 @@ def make_plan(problem: Problem) -> Plan:
     is a scan instead.
     """
     if problem.scans:
-        return Plan(problem, tuple(_scan(problem)))
-    algorithm: Algorithm = "streaming" if problem.device != "cpu" else "row chunks"
-    stages = [*_probe_stages(problem), _forward(problem, algorithm)]
-    if problem.needs_grad is not None:
-        stages += [*_backward(problem, algorithm), *_probe_backward(problem)]
+        stages = _scan(problem)
+    else:
+        algorithm: Algorithm = "streaming" if problem.device != "cpu" else "row chunks"
+        stages = [*_probe_stages(problem), _forward(problem, algorithm)]
+        if problem.needs_grad is not None:
+            stages += [*_backward(problem, algorithm), *_probe_backward(problem)]
+    for stage in stages:
+        _log.info("%s: %s, %s: %s", stage.name, stage.direction, stage.algorithm, stage.reason)
     return Plan(problem, tuple(stages))
 
 
