@@ -232,8 +232,9 @@ def inspect_command(
             raise UnsupportedError(
                 "--emit mlir needs the MLIR path (plx.inspect(..., emit='mlir')), which is not in this build."
             )
-        module: Any = inspect(spec, *tensors, emit="mlir")
-        _print(as_json, {"mlir": str(module)}, module)
+        extra: dict[str, Any] = {"emit": "mlir", "backward": backward}
+        modules = dict(inspect(spec, *tensors, **extra).modules)  # type: ignore[attr-defined]
+        _print(as_json, modules, "\n".join(modules.values()))
         return
     found = inspect(spec, *tensors, target=target, backward=backward)
     kernels = [kernel for kernel in found.kernels if stage is None or kernel.stage == stage]

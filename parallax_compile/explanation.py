@@ -165,7 +165,9 @@ class Explanation:
     def _kernel_table(self) -> str:
         from tabulate import tabulate
 
-        floors = {(item.stage.name, item.stage.direction): item.floor_seconds for item in self.stages}
+        floors: dict[tuple[str, str], float | None] = {
+            (item.stage.name, item.stage.direction): item.floor_seconds for item in self.stages
+        }
         headers = [
             "stage",
             "tile",

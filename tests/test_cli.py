@@ -77,7 +77,7 @@ def test_family() -> None:
 def test_explain() -> None:
     arguments = ("explain", "PARALLAX", "--mask", "causal", "--shape", "1,4:2,1024,64", "--target", "sm_90")
     data = run_json(*arguments)
-    assert [stage["stage"] for stage in data["stages"]][0] == "core_forward" and data["floor_seconds"] > 0
+    assert data["stages"][0]["stage"] == "core_forward" and data["floor_seconds"] > 0
     text = run(*arguments).output
     assert "floor of all stages" in text and "queries down" in text
     assert run_json("explain", "LINEAR", "--mask", "causal", "--target", "cpu")["target"] is None
