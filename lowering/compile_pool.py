@@ -51,6 +51,7 @@ class CompilePool:
     def __enter__(self) -> CompilePool:
         for _ in range(self._workers):
             worker = _Worker()
+            worker.start()  # importing takes seconds, in which there is a call to trace
             self._all.append(worker)
             self._idle.put(worker)
         return self
@@ -83,6 +84,11 @@ class CompilePool:
                 self.__exit__()  # what runs cannot be waited for
                 raise
 
+    def warm(self, kernels: Iterable[Any]) -> None:
+        """Compile kernels (with ``name`` and ``source``) into Triton's cache, whatever comes of it."""
+        for _ in self.compile((kernel.name, kernel.name, kernel.source) for kernel in kernels):
+            pass
+
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         worker = self._idle.get()
         try:
@@ -92,18 +98,22 @@ class CompilePool:
 
 
 class _Worker:
-    """One process, started by the first request, and again after it crashed or hung."""
+    """One process, started again after it crashed or hung."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
         self._stopped = False
 
+    def start(self) -> None:
+        if self._process is None:
+            self._process = _started()
+
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         if self._stopped:
             return {"seconds": 0.0, "error": "the search was stopped", "cause": "stopped"}
-        if self._process is None:
-            self._process = _started()
+        self.start()
         process = self._process
+        assert process is not None
         assert process.stdin is not None
         assert process.stdout is not None
         timer = threading.Timer(_TIMEOUT, process.kill)

@@ -50,6 +50,10 @@ def main() -> None:
     """Answer requests until standard input ends."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    from . import cubin  # noqa: F401  (before the first request comes)
+    from .torch_compat import inductor
+
+    _ = inductor.SymbolicGridFn
     for line in sys.stdin:
         answers.write(json.dumps(compiled(json.loads(line))) + "\n")
         answers.flush()

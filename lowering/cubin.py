@@ -68,6 +68,9 @@ class CompiledKernel:
         asm: entry of :data:`STAGES` -> its text (``cubin``: bytes). Entries that could not be made are absent.
         missing: entry of :data:`STAGES`, or ``"resources"`` -> why it is absent.
         resources: registers, spills, shared memory.
+        launch: what a launch of the cubin needs to know: ``symbol``, ``parameters`` (types of the arguments, in order),
+            ``hidden`` (pointers that follow them), ``threads``, ``shared_memory`` and ``scratch`` (bytes of global memory for
+            each block, for the first of the hidden pointers).
     """
 
     kernel: GeneratedKernel
@@ -75,6 +78,7 @@ class CompiledKernel:
     asm: Mapping[str, str | bytes] = field(repr=False, hash=False)
     missing: Mapping[str, str] = field(hash=False)
     resources: Resources
+    launch: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)
 
     @property
     def name(self) -> str:
@@ -150,7 +154,23 @@ def compile_kernel(
             num_warps=int(binary.metadata.num_warps),
             num_stages=int(loaded.options["num_stages"]),
         ),
+        launch=MappingProxyType(_launch(binary.metadata, str(asm.get("ptx", "")), loaded.signature)),
     )
+
+
+def _launch(metadata: Any, ptx: str, signature: Mapping[str, str]) -> dict[str, Any]:
+    """What a launch of the kernel needs to know."""
+    parameters = [kind for kind in signature.values() if kind != "constexpr"]
+    entry = re.search(r"\.entry\s+(\w+)\s*\((.*?)\)", ptx, re.DOTALL)
+    declared = len(re.findall(r"\.param", entry.group(2))) if entry else len(parameters)
+    return {
+        "symbol": entry.group(1) if entry else str(metadata.name),
+        "parameters": parameters,
+        "hidden": declared - len(parameters),
+        "threads": 32 * int(metadata.num_warps),
+        "shared_memory": int(metadata.shared),
+        "scratch": int(getattr(metadata, "global_scratch_size", 0) or 0),
+    }
 
 
 def tool(name: str) -> Path | None:

@@ -23,16 +23,19 @@ class Launches:
         arguments: source of a kernel -> what it was launched with last, the three sizes of the grid at the end.
         exchanged: source of a kernel -> the trial that is launched in its place.
         launched: names of the kernels that were launched.
+        compile: called with the kernels of a graph before it runs for the first time.
     """
 
     arguments: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     exchanged: dict[str, Trial] = field(default_factory=dict)
     launched: list[str] = field(default_factory=list)
+    compile: Callable[[Sequence[GeneratedKernel]], None] = lambda kernels: None
     _modules: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __call__(self, generated: GeneratedGraph, traced: fx.GraphModule, arguments: list[Any]) -> Sequence[Any]:
         """Run one graph."""
         if generated.wrapper not in self._modules:
+            self.compile(generated.kernels)
             module: dict[str, Any] = {"__name__": "generated_wrapper"}
             with compat.record_kernels(lambda name, source: _Kernel(self, name, source)):
                 exec(compile(generated.wrapper, "<generated wrapper>", "exec"), module)
@@ -116,6 +119,7 @@ class Timer:
         torch.cuda.synchronize()
         return [start.elapsed_time(end) for start, end in events]
 
+    @torch.no_grad()
     def difference(self, trial: Trial, default: Trial) -> float:
         """Largest relative difference (in norm) between what two candidates write on the same operands."""
         tensors = [value for value in self._arguments if isinstance(value, Tensor)]

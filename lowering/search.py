@@ -7,6 +7,8 @@ the default wrote, and when the whole call with the winners is as near to the re
 from __future__ import annotations
 
 import contextlib
+import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +34,8 @@ SAMPLING = {"quick": (4, 5), "normal": (8, 6), "full": (12, 10)}
 
 _ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-12}  # float32 products may be TF32
 _REFERENCE_BYTES = 24 * 2**30  # what the dense reference of one group of heads may take
+
+_log = logging.getLogger(__name__)
 
 Event = Callable[[str, int, int], None]
 
@@ -114,9 +118,11 @@ class Search:
         self._inputs = list(inputs) if measures.execute is not None else prepared(list(inputs), backward)
         self._recorder = Recorder(target, max_autotune=True, execute=measures.execute, reuse_buffers=False)
         self._compiled = torch.compile(fresh(call), backend=self._recorder.backend, fullgraph=True, dynamic=False)
+        start = time.perf_counter()
         with tuned.exploring(spaces):
             self._first = self.results()
         self.code: GeneratedCode = self._recorder.code()
+        _log.info("traced, and ran once: %.1f s", time.perf_counter() - start)
 
     def instances(self) -> list[Instance]:
         """The uses of stages, each question once."""
@@ -152,16 +158,18 @@ class Search:
                 on_event("time", number + 1, self._rounds)
                 self._settle(found, standing)
 
+            start = time.perf_counter()
             outcome = race(compiled, self._sample, rounds=self._rounds, repeats=self._repeats, on_round=on_round)
             self._settle(found, outcome)
             found.failed.update(_cause(reason) for reason in outcome.failures.values())
+            _log.info("%s: raced in %.1f s", instance.stage, time.perf_counter() - start)
             on_event("check", 0, 1)
             self._accept(found, outcome, default)
         return found
 
     def _compile(self, trials: list[Trial], pool: CompilePool, found: Found, on_event: Event) -> list[Trial]:
         good: set[str] = set()
-        done = 0
+        done, start = 0, time.perf_counter()
         on_event("compile", 0, len(trials))
         for trial, answer in pool.compile((trial, trial.name, trial.source) for trial in trials):
             done += 1
@@ -172,6 +180,7 @@ class Search:
             good.add(trial.source)
             if hasattr(self._measures, "resources"):
                 self._measures.resources[trial.source] = Resources(**answer["resources"])
+        _log.info("%s: %d kernels compiled in %.1f s", found.instance.stage, done, time.perf_counter() - start)
         return [trial for trial in trials if trial.source in good]
 
     def _sample(self, trial: Trial, repeats: int) -> list[float]:

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import importlib
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +33,15 @@ __all__ = [
     "compile_arguments",
     "compile_backend",
     "deterministic_tracing",
+    "launch_arguments",
     "load_kernel",
     "move_graph",
+    "nothing_donated",
     "pretend_gpu",
     "record_kernels",
     "run_without_values",
     "triton_source",
+    "wrapper_on_cpu",
 ]
 
 FENCED: dict[str, tuple[str, ...]] = {
@@ -45,6 +49,7 @@ FENCED: dict[str, tuple[str, ...]] = {
     "torch._dynamo.device_interface:CudaInterface": (),
     "torch._dynamo.device_interface:caching_worker_current_devices": (),
     "torch._dynamo.device_interface:caching_worker_device_properties": (),
+    "torch._functorch.config:donated_buffer": (),
     "torch._functorch.config:enable_autograd_cache": (),
     "torch._inductor.autotune_process:TritonBenchmarkRequest.__init__": ("kernel_name", "extra_args", "module_path"),
     "torch._inductor.async_compile:AsyncCompile.triton": ("kernel_name", "source_code", "device_str"),
@@ -61,6 +66,7 @@ FENCED: dict[str, tuple[str, ...]] = {
     "torch._inductor.runtime.hints:DeviceProperties": (),
     "torch._inductor.runtime.triton_heuristics:CachingAutotuner._create_compile_meta": ("cfg",),
     "torch._inductor.runtime.triton_heuristics:CachingAutotuner._create_compile_options": ("cfg", "compile_meta"),
+    "torch._inductor.runtime.triton_heuristics:CachingAutotuner._interpret_args_grid": ("args", "cfg"),
     "torch._inductor.runtime.triton_helpers:set_driver_to_gpu": (),
     "torch._inductor.select_algorithm:get_algorithm_selector_cache": (),
     "torch._subclasses.fake_tensor:FakeTensor": (),
@@ -412,6 +418,46 @@ def load_kernel(name: str, source: str) -> Any:
 
     with mock.patch.dict(os.environ):  # Inductor sets TRITON_CACHE_DIR here
         return _load_triton_kernel_from_source(name, source)
+
+
+def launch_arguments(kernel: Any, arguments: Sequence[Any]) -> tuple[list[Any], tuple[int, int, int]]:
+    """What a wrapper's launch of a kernel of :func:`load_kernel` hands to its first configuration, and the grid."""
+    handed, grid = kernel._interpret_args_grid(tuple(arguments), kernel.configs[0])
+    x, y, z = (int(size) for size in grid)
+    return list(handed), (x, y, z)
+
+
+def nothing_donated() -> Any:
+    """A context in which backward graphs do not overwrite what the forward saved, so that they can run again."""
+    import torch._functorch.config as functorch
+
+    return functorch.patch(donated_buffer=False)
+
+
+@contextlib.contextmanager
+def wrapper_on_cpu(
+    wrapper: str, target: Target, make: Callable[[str, str], Any], empty: Callable[..., Any]
+) -> Iterator[Any]:
+    """The ``call`` of a wrapper for a GPU, to be run on CPU tensors meanwhile.
+
+    Args:
+        make: ``(name, source)`` -> what stands for a kernel; it has ``run(*arguments, stream)``.
+        empty: ``(size, stride, dtype) -> tensor`` in place of allocations.
+    """
+    source = re.sub(r"device='cuda:\d+'", "device='cpu'", wrapper)
+    source = re.sub(r"device\(type='cuda', index=\d+\)", "device(type='cpu')", source)
+    module: dict[str, Any] = {"__name__": "generated_wrapper"}
+    with (
+        pretend_gpu(target),
+        record_kernels(make),
+        mock.patch.object(torch.cuda, "_DeviceGuard", return_value=contextlib.nullcontext()),
+        mock.patch.object(torch.cuda, "set_device", _no_stream),
+        torch.no_grad(),
+    ):
+        exec(compile(source, "<generated wrapper>", "exec"), module)
+        module["get_raw_stream"] = _no_stream
+        module["empty_strided_cuda"] = module["empty_strided_cpu"] = empty
+        yield module["call"]
 
 
 def compile_arguments(kernel: Any) -> CompileArguments:

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from . import errors, masks, mods, nn
+from .ahead_of_time import AheadOfTime, aot, load_aot
 from .attention import AuxOutput, AuxRequest, attention, flex_attention
 from .compiler import parallax_compile
 from .explanation import Explanation, explain
@@ -44,6 +45,7 @@ __all__ = [
     "PARALLAX",
     "SOFTMAX",
     "VALUE_AVERAGE",
+    "AheadOfTime",
     "AttentionSpec",
     "AuxOutput",
     "AuxRequest",
@@ -57,6 +59,7 @@ __all__ = [
     "State",
     "TuningReport",
     "Zero",
+    "aot",
     "attention",
     "autotune",
     "errors",
@@ -64,6 +67,7 @@ __all__ = [
     "family",
     "flex_attention",
     "inspect",
+    "load_aot",
     "masks",
     "mods",
     "nn",

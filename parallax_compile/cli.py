@@ -291,6 +291,32 @@ def tune(
     _print(as_json, report.to_dict(), report)
 
 
+@_command("parallax-compile aot PARALLAX --mask causal --shape 4,16,4096,128 --target sm_90 --out parallax.plxa")
+@_spec
+@_shape("4,16,4096,128", multiple=True)
+@click.option(
+    "--dtype", default=["bf16"], show_default=True, multiple=True, help="bf16, fp16 or fp32; may be given again."
+)
+@_mask_option
+@_target("sm_90")
+@_backward
+@click.option(
+    "--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Where to write the artifact."
+)
+@_json
+def aot(
+    spec: AttentionSpec, shape: tuple[str, ...], dtype: tuple[str, ...], mask: str | None, target: str, backward: bool,
+    out: Path, as_json: bool,
+) -> None:  # fmt: skip
+    """Compile calls ahead of time; plx.load_aot runs them on the target's GPU without a compiler."""
+    from .ahead_of_time import aot as compiled
+
+    found = compiled(_masked(spec, mask), list(shape), list(dtype), target, backward=backward, path=out)
+    calls = [{"shape": call.shape.sizes(), "dtype": call.dtype, "kernels": len(call.cubins)} for call in found.calls]
+    data = {"path": str(out), "target": found.target, "versions": found.versions, "calls": calls}
+    _print(as_json, data, f"{found}\nwritten to {out}")
+
+
 @_command("parallax-compile bench PARALLAX --mask causal --shape 4,16,4096,128")
 @_spec
 @_shape("4,16,4096,128")

@@ -200,7 +200,10 @@ def autotune(
         seen: set[str] = set()
         try:
             for shape, dtype in problems:
-                timer = Timer() if measures is None else measures
+                timer = measures
+                if measures is None:
+                    timer = Timer()
+                    timer.launches.compile = lambda kernels: pool.warm(kernels)
                 seen |= _one(
                     spec, shape, dtype, wanted, effort, resolved, backward, timer, pool, kept, again, report, show
                 )
