@@ -294,7 +294,11 @@ class Recorder:
         )
         # The choice is made by us, without timing; with one candidate offered there is nothing to choose.
         with tuned.listening() as self._heard:
-            options = {"max_autotune": self._every, "allow_buffer_reuse": self._reuse_buffers}
+            options = {
+                "max_autotune": self._every,
+                "allow_buffer_reuse": self._reuse_buffers,
+                "inplace_buffers": self._reuse_buffers,
+            }
             compat.triton_source(graph, there, self.target, hooks, options, **kwargs)
         self._answers += self._heard
         kernels = tuple(self._kernel(name, source, direction) for name, source in sources)

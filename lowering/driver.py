@@ -54,6 +54,8 @@ class Kernel:
         torch.cuda.synchronize()
         self._launch = dict(launch)
         module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
+        self._context = ctypes.c_void_p()
+        _call("cuCtxGetCurrent", ctypes.byref(self._context))
         _call("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(cubin))
         _call("cuModuleGetFunction", ctypes.byref(self._function), module, ctypes.c_char_p(launch["symbol"].encode()))
         if launch["shared_memory"] > _DEFAULT_SHARED_MEMORY:
@@ -85,4 +87,5 @@ class Kernel:
         addresses = (ctypes.c_void_p * len(values))(*(ctypes.cast(ctypes.byref(v), ctypes.c_void_p) for v in values))
         sizes = (*map(ctypes.c_uint, grid), ctypes.c_uint(launch["threads"]), ctypes.c_uint(1), ctypes.c_uint(1))
         shared = ctypes.c_uint(launch["shared_memory"])
+        _call("cuCtxSetCurrent", self._context)  # a thread of autograd's may have none yet
         _call("cuLaunchKernel", self._function, *sizes, shared, ctypes.c_void_p(stream), addresses, None)

@@ -120,7 +120,8 @@ class Search:
         self._compiled = torch.compile(fresh(call), backend=self._recorder.backend, fullgraph=True, dynamic=False)
         start = time.perf_counter()
         with tuned.exploring(spaces):
-            self._first = self.results()
+            # Copies: what the kernels wrote is written again when they are timed.
+            self._first = [result.clone() for result in self.results()]
         self.code: GeneratedCode = self._recorder.code()
         _log.info("traced, and ran once: %.1f s", time.perf_counter() - start)
 

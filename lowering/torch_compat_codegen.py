@@ -59,6 +59,7 @@ FENCED: dict[str, tuple[str, ...]] = {
     "torch._inductor.config:allow_buffer_reuse": (),
     "torch._inductor.config:compile_threads": (),
     "torch._inductor.config:force_disable_caches": (),
+    "torch._inductor.config:inplace_buffers": (),
     "torch._inductor.config:fx_graph_cache": (),
     "torch._inductor.config:joint_graph_constant_folding": (),
     "torch._inductor.config:max_autotune": (),

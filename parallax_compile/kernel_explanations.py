@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from . import masks
 from .attention import attention
 from .explanation import Explanation, KernelExplanation, StageExplanation
 from .lowering.codegen import GeneratedKernel, generate
@@ -17,6 +18,7 @@ from .lowering.model import efficiency
 from .lowering.plan import Plan
 from .lowering.targets import Target
 from .lowering.tuned import Answer
+from .shapes import Shape
 
 __all__ = ["explained_kernels"]
 
@@ -65,8 +67,7 @@ def _explained(explanation: Explanation, kernel: GeneratedKernel, answer: Answer
     )
     advice: list[str] = []
     if answer.level in ("shipped", "heuristic"):
-        shape = _shape_text(explanation.plan)
-        advice.append(f"tune it: parallax-compile tune {explanation.spec.name or 'SPEC'} --shape {shape}")
+        advice.append(f"tune it: parallax-compile tune {_tune_arguments(explanation)}")
     problem = explanation.plan.problem
     tile = (answer.candidate.block_m, answer.candidate.block_n)
     stays = tile[1] if kernel.stage == "core_backward_key" else tile[0]
@@ -114,8 +115,17 @@ def _predicted(
     return stage.floor_seconds / _SHARE_OF_BANDWIDTH, "resource model"
 
 
-def _shape_text(plan: Plan) -> str:
-    from .shapes import Shape
-
-    p = plan.problem
-    return str(Shape(p.batch, p.q_heads, p.kv_heads, p.q_length, p.kv_length, p.width, p.value_width))
+def _tune_arguments(explanation: Explanation) -> str:
+    """The call, as the command line takes it."""
+    p, mask = explanation.plan.problem, explanation.spec.mask_mod
+    shape = Shape(p.batch, p.q_heads, p.kv_heads, p.q_length, p.kv_length, p.width, p.value_width)
+    words = [explanation.spec.name or "SPEC", "--shape", str(shape)]
+    if isinstance(mask, masks.SlidingWindow) and mask.offset == 0:
+        words += ["--mask", f"window:{mask.window}"]
+    elif isinstance(mask, masks.PrefixLM):
+        words += ["--mask", f"prefix:{mask.prefix_length}"]
+    elif isinstance(mask, masks.Causal) and mask.offset == 0:
+        words += ["--mask", "causal"]
+    if p.dtype != "bfloat16":
+        words += ["--dtype", p.dtype]
+    return " ".join(words)

@@ -199,3 +199,14 @@ def test_decisions_go_to_the_log(caplog: pytest.LogCaptureFixture) -> None:
         generate(lambda *tensors: plx.attention(*tensors), inputs, target="sm_90", backward=False)
     assert "one pass keeps no score" in caplog.text
     assert any(f"level {level}" in caplog.text for level in ("heuristic", "shipped"))
+
+
+def test_the_page_of_transcripts_is_what_the_commands_print() -> None:
+    import subprocess
+
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    page = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "cli_page.py"), "--check"],
+        capture_output=True, text=True, check=False, env=environment,
+    )  # fmt: skip
+    assert page.returncode == 0, page.stdout + page.stderr
