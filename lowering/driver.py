@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import ParallaxError, UnsupportedError
 
-__all__ = ["Kernel"]
+__all__ = ["Kernel", "on"]
 
 _DYNAMIC_SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, cuda.h
 _DEFAULT_SHARED_MEMORY = 48 * 1024
@@ -41,6 +43,13 @@ def _call(name: str, *arguments: Any) -> None:
         raise ParallaxError(f"{name}: {(text.value or b'unknown error').decode()} ({code})")
 
 
+@contextlib.contextmanager
+def on(device: torch.device) -> Iterator[int]:
+    """Let ``device`` be the current one meanwhile; gives its current stream's handle."""
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream().cuda_stream
+
+
 class Kernel:
     """A cubin on the current device.
 
@@ -61,11 +70,11 @@ class Kernel:
         if launch["shared_memory"] > _DEFAULT_SHARED_MEMORY:
             _call("cuFuncSetAttribute", self._function, _DYNAMIC_SHARED_MEMORY, ctypes.c_int(launch["shared_memory"]))
 
-    def __call__(self, arguments: Sequence[int | float], grid: Sequence[int], stream: int) -> None:
+    def __call__(self, arguments: Sequence[tuple[Tensor, int] | float], grid: Sequence[int], stream: int) -> None:
         """Launch.
 
         Args:
-            arguments: addresses and numbers, in the order of ``launch["parameters"]``.
+            arguments: memory with an offset in bytes, and numbers, in the order of ``launch["parameters"]``.
             grid: blocks.
             stream: the current CUDA stream's handle.
         """
@@ -73,7 +82,7 @@ class Kernel:
         if 0 in grid:
             return
         values: list[Any] = [
-            ctypes.c_uint64(int(value)) if kind.startswith("*") else _NUMBERS[kind](value)
+            ctypes.c_uint64(value[0].data_ptr() + value[1]) if isinstance(value, tuple) else _NUMBERS[kind](value)
             for value, kind in zip(arguments, launch["parameters"], strict=True)
         ]
         for position in range(launch["hidden"]):

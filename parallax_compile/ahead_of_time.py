@@ -149,11 +149,11 @@ class _Runner:
     """A call with its kernels on a device."""
 
     def __init__(self, call: _Call, device: torch.device) -> None:
-        from .lowering.driver import Kernel
+        from .lowering import driver
 
-        self.call, self.device = call, device
-        with torch.cuda.device(device):
-            self._kernels = {name: Kernel(cubin, call.launches[name]) for name, cubin in call.cubins.items()}
+        self.call, self.device, self._driver = call, device, driver
+        with driver.on(device):
+            self._kernels = {name: driver.Kernel(cubin, call.launches[name]) for name, cubin in call.cubins.items()}
         self._constants = {name: tensor.to(device) for name, tensor in call.constants.items()}
         # What the backward reads of the forward's memory lives on; the rest goes after its last use.
         kept = set() if call.backward is None else _names(call.backward)
@@ -166,23 +166,20 @@ class _Runner:
         """The program's results, and the memory that it allocated."""
         memory: dict[str, Tensor] = {}
 
-        def address(reference: Sequence[Any]) -> int:
-            name, offset = reference
-            return _base(name, memory, given, self._constants).data_ptr() + offset
+        def place(value: Any) -> Any:
+            if not isinstance(value, (list, tuple)):
+                return value
+            name, offset = value
+            return _base(name, memory, given, self._constants), offset
 
-        with torch.cuda.device(self.device):
-            stream = torch.cuda.current_stream().cuda_stream
+        with self._driver.on(self.device) as stream:
             for step in program["steps"]:
                 if "allocate" in step:
                     memory[step["allocate"]] = torch.empty(step["bytes"], dtype=torch.uint8, device=self.device)
-                    continue
-                if "release" in step:
+                elif "release" in step:
                     del memory[step["release"]]  # torch's allocator hands it out again on this stream only
-                    continue
-                arguments = [
-                    address(value) if isinstance(value, (list, tuple)) else value for value in step["arguments"]
-                ]
-                self._kernels[step["launch"]](arguments, step["grid"], stream)
+                else:
+                    self._kernels[step["launch"]]([*map(place, step["arguments"])], step["grid"], stream)
         return [_view(result, memory, given, self._constants) for result in program["results"]], memory
 
 
