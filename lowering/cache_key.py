@@ -6,13 +6,16 @@ import hashlib
 from pathlib import Path
 
 from .. import templates
+from . import tuned
+from .torch_compat import settled_when_traced
 
 
 def _digest() -> str:
     digest = hashlib.sha256()
     for text in templates.texts():
         digest.update(text)
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    folder = Path(__file__).parent
+    for path in sorted([*folder.glob("*.py"), *folder.glob("*.json")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -22,3 +25,15 @@ CACHE_SALT = _digest()
 
 Torch's caches key a graph by its operators and their arguments; our texts are neither, so a changed template would be
 served old code. This travels among the operator's arguments."""
+
+
+def cache_salt() -> str:
+    """:data:`CACHE_SALT` and the state of the store of tuned candidates, so that a new winner is not passed over by old code.
+
+    Settled when a call is traced: a function that is compiled keeps its kernels until ``torch.compiler.reset()``.
+    """
+    return settled_when_traced(_salt)
+
+
+def _salt() -> str:
+    return f"{CACHE_SALT}-{tuned.store().fingerprint()}"

@@ -6,7 +6,7 @@ The first feasible candidate is the default; ``mode="max-autotune"`` times them 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,8 +39,8 @@ _Row = tuple[tuple[int, ...], ...]
 _TMA, _POINTERS = True, False
 
 # (stage, is the dtype 16-bit, padded width up to) -> candidates, best first: BLOCK_M, BLOCK_N, warps, stages, tma, held.
-# Widths are rounded up to a power of two. The 16-bit rows up to 128 are what a search on an H100 found (benchmarks/search.py,
-# benchmarks/NOTES.md).
+# Widths are rounded up to a power of two. The 16-bit rows up to 128 are what a search on an H100 found
+# (benchmarks/NOTES.md). What `plx.autotune` finds comes before all of them (tuned.py).
 _TABLE: dict[tuple[str, bool, int], _Row] = {
     ("core_forward", True, 64): (
         (64, 64, 4, 3),
@@ -268,6 +268,7 @@ def candidates(
     q_block: int | None = None,
     kv_block: int | None = None,
     options: Mapping[str, Any] | None = None,
+    listed: Sequence[Candidate] | None = None,
 ) -> list[Candidate]:
     """Feasible candidates for ``stage``, best first, at least one.
 
@@ -282,14 +283,13 @@ def candidates(
         tf32: whether float32 is multiplied as TF32, on the tensor cores.
         q_block, kv_block: sizes of the block mask's blocks, which tiles must divide; None without one.
         options: the user's ``kernel_options``; a more specific prefix wins over a less specific one.
+        listed: candidates in place of the table's; may leave none.
 
     Raises:
         InputError: the user's options exceed the target's shared memory, do not divide the mask's blocks, or ask for
             tensor descriptors or a warp-specialised kernel where there can be none.
     """
-    widest = max(padded(width), padded(value_width))
-    row = next(limit for limit in (64, 128, 256) if widest <= limit)
-    forced = _forced(stage, options or {})
+    forced = forced_fields(stage, options or {})
     if forced.get("tma") and not tma:
         raise InputError(
             f"kernel_options[USE_TMA] of {stage} needs a GPU of capability 9.0 or more, and query, key, value, probe and "
@@ -299,18 +299,12 @@ def candidates(
         stage in SPECIALIZED_STAGES or _names_stage(stage, "WARP_SPECIALIZED", options)
     ):
         # Never unasked: as generated they have run in the tests' interpreter only, not in benchmarks/check_device.py on a GPU.
-        table = [
-            Candidate(64, block_n, 4, stages, tma=True, specialized=True, overlap=overlap)
-            for block_n, stages, overlap in _SPECIALIZED_TABLE.get((stage, bool(row_tiles), row), ())
-        ]
-        _check_specialized(stage, specialized and tma and bool(table), forced)
-    else:
-        key = (stage, itemsize == 2, row)
-        special = _TABLE_WITHOUT_PROBE if not row_tiles else _TABLE_TF32 if tf32 and itemsize == 4 else {}
-        rows = special.get(key) or _TABLE[key]
-        table = [Candidate(*values) for values in rows]  # type: ignore[arg-type]  # the fifth of a row is a bool
+        listed = _specialized_table(stage, width, value_width, bool(row_tiles)) if listed is None else listed
+        _check_specialized(stage, specialized and tma and bool(listed), forced)
     found: list[Candidate] = []
-    for candidate in table:
+    for candidate in table(stage, width, value_width, itemsize, row_tiles, tf32) if listed is None else listed:
+        if candidate.specialized and not specialized:
+            continue
         if candidate.tma and not tma and "tma" not in forced:
             continue
         candidate = replace(candidate, **forced)
@@ -327,7 +321,7 @@ def candidates(
         return shared_memory(stage, candidate, width, value_width, itemsize, row_tiles) <= shared_memory_limit
 
     feasible = [candidate for candidate in found if fits(candidate)]
-    if feasible:
+    if feasible or listed is not None:
         return feasible
     # The last of each row is the smallest; with fewer stages it is the least that can be asked for.
     smallest = replace(found[-1], num_stages=forced.get("num_stages", 1))
@@ -339,7 +333,30 @@ def candidates(
     return [smallest]
 
 
-def _forced(stage: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def table(
+    stage: str, width: int, value_width: int, itemsize: int, row_tiles: int, tf32: bool = False
+) -> list[Candidate]:
+    """The table's candidates for a stage, best first, whether or not a target can hold them."""
+    key = (stage, itemsize == 2, _row(width, value_width))
+    special = _TABLE_WITHOUT_PROBE if not row_tiles else _TABLE_TF32 if tf32 and itemsize == 4 else {}
+    rows = special.get(key) or _TABLE[key]
+    return [Candidate(*values) for values in rows]  # type: ignore[arg-type]  # the fifth of a row is a bool
+
+
+def _specialized_table(stage: str, width: int, value_width: int, probe: bool) -> list[Candidate]:
+    return [
+        Candidate(64, block_n, 4, stages, tma=True, specialized=True, overlap=overlap)
+        for block_n, stages, overlap in _SPECIALIZED_TABLE.get((stage, probe, _row(width, value_width)), ())
+    ]
+
+
+def _row(width: int, value_width: int) -> int:
+    widest = max(padded(width), padded(value_width))
+    return next(limit for limit in (64, 128, 256) if widest <= limit)
+
+
+def forced_fields(stage: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a candidate that ``kernel_options`` settle for a stage."""
     forced: dict[str, Any] = {}
     for prefix in _OPTION_PREFIXES[stage]:
         for name, attribute in _OPTION_FIELDS.items():

@@ -23,6 +23,8 @@ from torch import Tensor, fx
 
 from ..errors import InputError, InputTypeError, ParallaxError, UnsupportedError
 from . import torch_compat_codegen as compat
+from . import tuned
+from .candidates import Candidate
 from .targets import Target, resolve
 
 __all__ = [
@@ -30,9 +32,12 @@ __all__ = [
     "GeneratedCode",
     "GeneratedGraph",
     "GeneratedKernel",
+    "Instance",
     "Recorder",
+    "Trial",
     "fresh",
     "generate",
+    "prepared",
     "require_triton",
 ]
 
@@ -98,6 +103,41 @@ class GeneratedGraph:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """A stage's kernel filled with one of the candidates that were offered, by itself.
+
+    Attributes:
+        candidate: which.
+        name, source: the kernel's function, and the module that holds it.
+        parameters: what the template was filled with.
+        grid: the blocks of a launch.
+    """
+
+    candidate: Candidate
+    name: str
+    source: str = field(repr=False)
+    parameters: Mapping[str, Any] = field(repr=False, hash=False)
+    grid: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One use of a stage in a call, with the kernel of every candidate; its first trial is what the graph was given."""
+
+    answer: tuned.Answer
+    trials: tuple[Trial, ...] = field(repr=False)
+
+    @property
+    def stage(self) -> str:
+        """The stage."""
+        return self.answer.question.stage
+
+    def is_of(self, kernel: GeneratedKernel) -> bool:
+        """Whether a graph's kernel is this use of the stage."""
+        return kernel.stage == self.stage and kernel.parameters.items() >= self.trials[0].parameters.items()
+
+
+@dataclass(frozen=True)
 class GeneratedCode:
     """All code that Inductor generates for a call.
 
@@ -105,11 +145,15 @@ class GeneratedCode:
         target: the GPU that it is for.
         graphs: forward first.
         offered: for each stage, the candidates that Inductor could choose from, best first.
+        answers: what each use of a stage was offered and which level of the lookup answered (:mod:`.tuned`), in order.
+        instances: each use of a stage with the kernels of all its candidates, where every candidate was asked for.
     """
 
     target: Target
     graphs: tuple[GeneratedGraph, ...]
     offered: Mapping[str, tuple[Mapping[str, Any], ...]] = field(hash=False)
+    answers: tuple[tuned.Answer, ...] = field(default=(), repr=False)
+    instances: tuple[Instance, ...] = field(default=(), repr=False)
 
     @property
     def kernels(self) -> tuple[GeneratedKernel, ...]:
@@ -167,7 +211,7 @@ def generate(
     resolved = resolve(target)
     recorder = Recorder(resolved, candidate=candidate, max_autotune=max_autotune)
     flat, structure = pytree.tree_flatten((list(args), dict(kwargs or {})))
-    flat = _prepared(flat, backward)
+    flat = prepared(flat, backward)
     args, kwargs = pytree.tree_unflatten(flat, structure)
     with LOCK, compat.deterministic_tracing(), torch.set_grad_enabled(backward), _user_errors():
         compiled = torch.compile(fresh(fn), backend=recorder.backend, fullgraph=True, dynamic=dynamic)
@@ -197,6 +241,8 @@ class Recorder:
         target, candidate, max_autotune: see :func:`generate`.
         execute: what running a compiled graph does: ``(generated, traced, arguments) -> results``. The default makes
             results without values. It may be called any number of times, after compilation.
+        reuse_buffers: whether a buffer may hold one result after another. Without, what a kernel was launched with is still
+            there after its graph ran.
     """
 
     def __init__(
@@ -206,14 +252,19 @@ class Recorder:
         candidate: int | Mapping[str, int] = 0,
         max_autotune: bool = False,
         execute: Execute | None = None,
+        reuse_buffers: bool = True,
     ) -> None:
         self.target = target
+        self._reuse_buffers = reuse_buffers
         self._candidate = _checked_candidate(candidate)
         self._execute = execute or _without_values
         self._every = max_autotune or self._candidate.any
         self._graphs: list[GeneratedGraph] = []
+        self._heard: list[tuned.Answer] = []
         self._offered: dict[str, tuple[Mapping[str, Any], ...]] = {}
         self._filled: dict[str, list[dict[str, Any]]] = {}
+        self._answers: list[tuned.Answer] = []
+        self._instances: list[Instance] = []
         self.backend = compat.compile_backend(self._compile)
 
     def code(self) -> GeneratedCode:
@@ -224,7 +275,8 @@ class Recorder:
         """
         self._candidate.check(self._offered)
         order = sorted(self._graphs, key=lambda graph: graph.direction == "backward")
-        return GeneratedCode(self.target, tuple(order), MappingProxyType(dict(self._offered)))
+        offered = MappingProxyType(dict(self._offered))
+        return GeneratedCode(self.target, tuple(order), offered, tuple(self._answers), tuple(self._instances))
 
     def _compile(self, graph: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[[list[Any]], Any]:
         traced, there = graph, list(inputs)
@@ -241,7 +293,14 @@ class Recorder:
             on_choices=self._choose,
         )
         # The choice is made by us, without timing; with one candidate offered there is nothing to choose.
-        compat.triton_source(graph, there, self.target, hooks, {"max_autotune": self._every}, **kwargs)
+        with tuned.listening() as self._heard:
+            options = {
+                "max_autotune": self._every,
+                "allow_buffer_reuse": self._reuse_buffers,
+                "inplace_buffers": self._reuse_buffers,
+            }
+            compat.triton_source(graph, there, self.target, hooks, options, **kwargs)
+        self._answers += self._heard
         kernels = tuple(self._kernel(name, source, direction) for name, source in sources)
         generated = GeneratedGraph(direction, _reproducible("\n".join(wrappers)), kernels)
         position = len(self._graphs)
@@ -264,6 +323,13 @@ class Recorder:
             return choices[:1]
         self._offered[stage] = tuple(MappingProxyType(_parameters_of(choice)) for choice in choices)
         self._filled.setdefault(stage, []).extend(map(_parameters_of, choices))
+        if self._every:
+            answer = self._heard[-1]  # a stage asks, and then lets Inductor choose
+            trials = (
+                Trial(c, *compat.choice_source(choice), _parameters_of(choice), compat.choice_grid(choice))
+                for c, choice in zip(answer.candidates, choices, strict=True)
+            )
+            self._instances.append(Instance(answer, tuple(trials)))
         return [choices[self._candidate.index(stage, len(choices))]]
 
     def _kernel(self, name: str, source: str, direction: Direction) -> GeneratedKernel:
@@ -373,7 +439,7 @@ def fresh(fn: Callable[..., Any]) -> Callable[..., Any]:
     return FunctionType(call.__code__.replace(), call.__globals__, "call", None, call.__closure__)
 
 
-def _prepared(leaves: list[Any], backward: bool) -> list[Any]:
+def prepared(leaves: list[Any], backward: bool) -> list[Any]:
     """The arguments with data on some device, detached from any graph, and with something to differentiate."""
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     chosen = [leaf.requires_grad for leaf in tensors]

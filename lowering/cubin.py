@@ -69,6 +69,9 @@ class CompiledKernel:
         asm: entry of :data:`STAGES` -> its text (``cubin``: bytes). Entries that could not be made are absent.
         missing: entry of :data:`STAGES`, or ``"resources"`` -> why it is absent.
         resources: registers, spills, shared memory.
+        launch: what a launch of the cubin needs to know: ``symbol``, ``parameters`` (types of the arguments, in order),
+            ``hidden`` (pointers that follow them), ``threads``, ``shared_memory`` and ``scratch`` (bytes of global memory for
+            each block, for the first of the hidden pointers).
     """
 
     kernel: GeneratedKernel
@@ -76,6 +79,7 @@ class CompiledKernel:
     asm: Mapping[str, str | bytes] = field(repr=False, hash=False)
     missing: Mapping[str, str] = field(hash=False)
     resources: Resources
+    launch: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)
 
     @property
     def name(self) -> str:
@@ -95,12 +99,16 @@ class CompiledKernel:
         return frozenset(family for family, mnemonic in families.items() if mnemonic in ptx)
 
 
-def compile_kernel(kernel: GeneratedKernel, target: str | Target | None = None) -> CompiledKernel:
+def compile_kernel(
+    kernel: GeneratedKernel, target: str | Target | None = None, *, texts: bool = True, report: bool = True
+) -> CompiledKernel:
     """Compile ``kernel`` as Inductor would on ``target``; results are kept by Triton's own cache.
 
     Args:
         kernel: of :func:`.codegen.generate`, for the same target.
         target: see :func:`.targets.resolve`.
+        texts: whether to disassemble, for the SASS.
+        report: whether to ask ptxas for registers and spills; it assembles once more for that.
 
     Raises:
         InputError: unknown target.
@@ -123,13 +131,15 @@ def compile_kernel(kernel: GeneratedKernel, target: str | Target | None = None) 
         binary = triton.compile(source, target=GPUTarget("cuda", resolved.arch, 32), options=loaded.options)
     asm: dict[str, str | bytes] = {stage: binary.asm[stage] for stage in STAGES if stage in binary.asm}
     missing = {stage: "triton did not make it" for stage in STAGES[:-1] if stage not in asm}
-    sass, reason = _disassemble(asm.get("cubin"))
+    sass, reason = _disassemble(asm.get("cubin")) if texts else (None, "not asked for")
     if sass is None:
         missing["sass"] = reason
     else:
         asm["sass"] = sass
-    report, reason = _assemble(str(asm.get("ptx", "")), resolved, loaded.options)
-    if report is None:
+    said, reason = None, "not asked for"
+    if report:
+        said, reason = _assemble(str(asm.get("ptx", "")), resolved, loaded.options)
+    if said is None:
         missing["resources"] = reason
     shared = int(binary.metadata.shared)
     return CompiledKernel(
@@ -138,15 +148,31 @@ def compile_kernel(kernel: GeneratedKernel, target: str | Target | None = None) 
         asm=MappingProxyType(asm),
         missing=MappingProxyType(missing),
         resources=Resources(
-            registers=_number(r"Used (\d+) registers", report),
-            spill_stores=_number(r"(\d+) bytes spill stores", report),
-            spill_loads=_number(r"(\d+) bytes spill loads", report),
-            stack=_number(r"(\d+) bytes stack frame", report),
+            registers=_number(r"Used (\d+) registers", said),
+            spill_stores=_number(r"(\d+) bytes spill stores", said),
+            spill_loads=_number(r"(\d+) bytes spill loads", said),
+            stack=_number(r"(\d+) bytes stack frame", said),
             shared_memory=shared,
             num_warps=int(binary.metadata.num_warps),
             num_stages=int(loaded.options["num_stages"]),
         ),
+        launch=MappingProxyType(_launch(binary.metadata, str(asm.get("ptx", "")), loaded.signature)),
     )
+
+
+def _launch(metadata: Any, ptx: str, signature: Mapping[str, str]) -> dict[str, Any]:
+    """What a launch of the kernel needs to know."""
+    parameters = [kind for kind in signature.values() if kind != "constexpr"]
+    entry = re.search(r"\.entry\s+(\w+)\s*\((.*?)\)", ptx, re.DOTALL)
+    declared = len(re.findall(r"\.param", entry.group(2))) if entry else len(parameters)
+    return {
+        "symbol": entry.group(1) if entry else str(metadata.name),
+        "parameters": parameters,
+        "hidden": declared - len(parameters),
+        "threads": 32 * int(metadata.num_warps),
+        "shared_memory": int(metadata.shared),
+        "scratch": int(getattr(metadata, "global_scratch_size", 0) or 0),
+    }
 
 
 def tool(name: str) -> Path | None:

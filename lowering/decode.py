@@ -10,7 +10,6 @@ Shapes: ``query, probe [B, Hq, Lq, D]``; a cache of keys ``[B, Hkv, capacity, D]
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,77 +17,10 @@ from torch import Tensor
 from torch._C import DispatchKey
 
 from . import dense
-from .operator import empty_in_layout_of, example_arguments, record_node, statistics_dtype
+from .mod_operator import COVARIANCE, SCORE, Mod, ModOperator, ModPlace, statistics_dtype
+from .operator import empty_in_layout_of
 from .plan import MOST_COUNTERS
-from .torch_compat import (
-    HigherOrderOperator,
-    ProxyTorchDispatchMode,
-    UnsupportedAliasMutationException,
-    functionalized_mutates,
-    redirect_checkpointing_modes,
-    register_dynamo_operator,
-    register_fake,
-    trace_mod,
-    validate_subgraph_args_types,
-)
 
-Mod = Callable[..., Any]
-
-
-class AttentionDecode(HigherOrderOperator):
-    """``(out, lse, probe_mean)`` of the rows of a batch against their caches."""
-
-    def __init__(self) -> None:
-        super().__init__("parallax_attention_decode", cacheable=True)
-
-    def __call__(
-        self,
-        query: Tensor,
-        key_cache: Tensor,
-        value_cache: Tensor,
-        probe: Tensor | None,
-        lengths: Tensor,
-        page_table: Tensor | None,
-        key_scale: Tensor | None,
-        value_scale: Tensor | None,
-        counters: Tensor,
-        score_mod: Mod,
-        covariance_mod: Mod,
-        mask: tuple,
-        scale: float,
-        intercept: bool,
-        save_statistics: bool,
-        options: dict[str, Any],
-        score_mod_buffers: tuple = (),
-        covariance_mod_buffers: tuple = (),
-        mask_mod_buffers: tuple = (),
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Attend.
-
-        Args:
-            query, key_cache, value_cache, probe: see the module; the caches in query's dtype or float8_e4m3fn.
-            lengths: keys of each sequence before those that the call appended, int ``[B]``; clamped to the capacity.
-            page_table: int ``[B, most pages of a sequence]``, or None; its entries are clamped to the cache.
-            key_scale, value_scale: factors of what the caches hold, ``[B or 1, Hkv or 1]`` expanded to ``[B, Hkv]``; None is 1.
-            counters: int32 zeros, which are zeros again afterwards; see :func:`counters_of`.
-            score_mod, covariance_mod, mask: as for the core, at the positions of the rows and keys in their sequence; the
-                mask's tuple holds the predicate alone.
-            scale, intercept: as for the core.
-            save_statistics: whether LSE and the mean probe score are wanted; else they are empty.
-            options: ``new_keys`` (keys that the call appended, which ``lengths`` does not count), ``window`` (how far
-            back a row
-                sees, None: to the start), ``key_factor`` and ``value_factor`` (scales that are numbers), beside the user's
-                kernel options.
-        """
-        validate_subgraph_args_types((*score_mod_buffers, *covariance_mod_buffers, *mask_mod_buffers))
-        return super().__call__(
-            query, key_cache, value_cache, probe, lengths, page_table, key_scale, value_scale, counters,
-            score_mod, covariance_mod, mask, scale, intercept, save_statistics, options,
-            score_mod_buffers, covariance_mod_buffers, mask_mod_buffers,
-        )  # fmt: skip
-
-
-attention_decode = AttentionDecode()
 _TENSORS = 9  # of the operator's arguments, the first
 
 
@@ -165,10 +97,50 @@ def as_core(arguments: tuple, dtype: torch.dtype | None = None) -> tuple:
     return query, keys, values, probe, *mods, block_mask, scale, intercept, False, {}, *captured
 
 
-@attention_decode.py_impl(DispatchKey.CompositeExplicitAutograd)
-def _dense(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    query, save_statistics = arguments[0], arguments[_TENSORS + 5]
-    out, _, lse, mean = dense.forward(*as_core(arguments, statistics_dtype(query)))
+def _dense(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    probe: Tensor | None,
+    lengths: Tensor,
+    page_table: Tensor | None,
+    key_scale: Tensor | None,
+    value_scale: Tensor | None,
+    counters: Tensor,
+    score_mod: Mod,
+    covariance_mod: Mod,
+    mask: tuple,
+    scale: float,
+    intercept: bool,
+    save_statistics: bool,
+    options: dict[str, Any],
+    score_mod_buffers: tuple = (),
+    covariance_mod_buffers: tuple = (),
+    mask_mod_buffers: tuple = (),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attend: the operator's meaning, in plain torch.
+
+    Args:
+        query, key_cache, value_cache, probe: see the module; the caches in query's dtype or float8_e4m3fn.
+        lengths: keys of each sequence before those that the call appended, int ``[B]``; clamped to the capacity.
+        page_table: int ``[B, most pages of a sequence]``, or None; its entries are clamped to the cache.
+        key_scale, value_scale: factors of what the caches hold, ``[B or 1, Hkv or 1]`` expanded to ``[B, Hkv]``; None is 1.
+        counters: int32 zeros, which are zeros again afterwards; see :func:`counters_of`.
+        score_mod, covariance_mod, mask: as for the core, at the positions of the rows and keys in their sequence; the
+            mask's tuple holds the predicate alone.
+        scale, intercept: as for the core.
+        save_statistics: whether LSE and the mean probe score are wanted; else they are empty.
+        options: ``new_keys`` (keys that the call appended, which ``lengths`` does not count), ``window`` (how far back a
+            row sees, None: to the start), ``key_factor`` and ``value_factor`` (scales that are numbers), beside the user's
+            kernel options.
+
+    Returns:
+        ``(out, lse, probe_mean)`` of the rows of a batch against their caches.
+    """
+    tensors = (query, key_cache, value_cache, probe, lengths, page_table, key_scale, value_scale, counters)
+    mods, switches = (score_mod, covariance_mod, mask), (scale, intercept, save_statistics, options)
+    buffers = (score_mod_buffers, covariance_mod_buffers, mask_mod_buffers)
+    out, _, lse, mean = dense.forward(*as_core((*tensors, *mods, *switches, *buffers), statistics_dtype(query)))
     return (out, lse, mean) if save_statistics else (out, *empty_statistics(lse))
 
 
@@ -177,10 +149,9 @@ def empty_statistics(like: Tensor) -> tuple[Tensor, Tensor]:
     return like.new_empty(0), like.new_empty(0)
 
 
-# --- tracing --------------------------------------------------------------------------------------------------------
+# --- the operator ---------------------------------------------------------------------------------------------------
 
 
-@register_fake(attention_decode)
 def _fake(query: Tensor, key_cache: Tensor, value_cache: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     save_statistics = rest[_TENSORS + 2]
     shape = query.shape[:3] if save_statistics else (0,)
@@ -189,40 +160,12 @@ def _fake(query: Tensor, key_cache: Tensor, value_cache: Tensor, *rest: Any) -> 
     return out, query.new_empty(shape, dtype=dtype), query.new_empty(shape, dtype=dtype)
 
 
-@attention_decode.py_impl(ProxyTorchDispatchMode)
-def _proxy(mode: Any, *arguments: Any) -> Any:
-    example = attention_decode(*arguments)
-    tensors, (score_mod, covariance_mod, mask, *switches) = arguments[:_TENSORS], arguments[_TENSORS:]
-    query, (*switches, score_buffers, covariance_buffers, mask_buffers) = tensors[0], switches
-    score = trace_mod(score_mod, *example_arguments(query), *score_buffers)
-    covariance = trace_mod(covariance_mod, *example_arguments(query), *covariance_buffers)
-    predicate = trace_mod(mask[-1], *example_arguments(query, score=False), *mask_buffers)
-    buffers = (score_buffers, covariance_buffers, mask_buffers)
-    traced = (*tensors, score, covariance, (predicate,), *switches, *buffers)
-    graphs = {"score_mod": score, "covariance_mod": covariance, "mask_mod": predicate}
-    return record_node(mode, attention_decode, traced, example, graphs)
+_MASK = ModPlace("mask_mod", "mask", -1, "mask_mod_buffers", "mask")
 
+attention_decode = ModOperator("parallax_attention_decode", _dense, _fake, (SCORE, COVARIANCE, _MASK))
+"""``(out, lse, probe_mean)`` of the rows of a batch against their caches."""
 
-@attention_decode.py_functionalize_impl
-def _functionalize(ctx: Any, *arguments: Any) -> Any:
-    tensors = ctx.unwrap_tensors(arguments[:_TENSORS])
-    score_mod, covariance_mod, mask, *switches = arguments[_TENSORS:-3]
-    buffers = [ctx.unwrap_tensors(captured) for captured in arguments[-3:]]
-    with ctx.redispatch_to_next():
-        for name, mod, captured in (
-            ("score_mod", score_mod, buffers[0]),
-            ("covariance_mod", covariance_mod, buffers[1]),
-        ):
-            if functionalized_mutates(ctx, mod, [*example_arguments(tensors[0]), *captured]):
-                raise UnsupportedAliasMutationException(f"{name} writes into a tensor; mods must be pure functions")
-        mods = map(ctx.functionalize, (score_mod, covariance_mod))
-        out = attention_decode(  # type: ignore[call-arg]
-            *tensors, *mods, (ctx.functionalize(mask[-1]),), *switches, *buffers
-        )
-    return ctx.wrap_tensors(out)
-
-
-redirect_checkpointing_modes(attention_decode)
+attention_decode.register_dynamo()
 
 
 @attention_decode.py_impl(DispatchKey.Autograd)
@@ -250,20 +193,3 @@ def counters_of(device: torch.device) -> Tensor:
         torch._dynamo.mark_static_address(found)
         _counters[device] = found
     return found
-
-
-# --- Dynamo ---------------------------------------------------------------------------------------------------------
-
-
-def _before_trace() -> None:
-    from . import register_lowerings
-
-    register_lowerings()
-
-
-register_dynamo_operator(
-    attention_decode,
-    mods={9: "score_mod", 10: "score_mod", 11: "mask_fn"},
-    names={9: "score_mod", 10: "covariance_mod", 11: "mask_mod"},
-    on_trace=_before_trace,
-)

@@ -11,12 +11,13 @@ import torch
 
 from .. import templates
 from . import cpu, elementwise  # noqa: F401  (elementwise registers its lowerings)
-from .candidates import SPECIALIZED_GROUPS, SPECIALIZED_STAGES, candidates, padded
-from .mod_graphs import is_always_true, is_elementary, is_identity
+from .candidates import SPECIALIZED_GROUPS, SPECIALIZED_STAGES, padded
+from .mod_graphs import digest, is_always_true, is_elementary, is_identity
 from .operator import BlockMaskOperands, attention_backward, attention_forward
 from .plan import Plan, Problem, make_plan
 from .solve import attention_solve
 from .torch_compat import has_gluon, inductor
+from .tuned import ask, offered
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
@@ -65,6 +66,7 @@ class _Mod:
     buffers: list[Any]
     identity: bool
     joint: Any = None
+    digest: str = ""
 
     @property
     def grad(self) -> Any:
@@ -97,7 +99,9 @@ def _inline(graph: Any, buffers: Sequence[Any], device: torch.device, *, score: 
 
 
 def _forward_mod(graph: Any, buffers: Sequence[Any], device: torch.device) -> _Mod:
-    return _Mod(_inline(graph, buffers, device, score=True), _realized(buffers), is_identity(graph.graph_module))
+    traced = graph.graph_module
+    value = _inline(graph, buffers, device, score=True)
+    return _Mod(value, _realized(buffers), is_identity(traced), digest=digest(traced))
 
 
 def _backward_mod(graph: Any, joint: Any, buffers: Sequence[Any], device: torch.device) -> _Mod:
@@ -128,6 +132,7 @@ class _Call:
     scale: float
     intercept: bool
     options: dict[str, Any]
+    digests: dict[str, str]
     probe_low: Any = None
     adjoint: Any = None
     adjoint_low: Any = None
@@ -213,6 +218,7 @@ def _call(
         scale=scale,
         intercept=intercept,
         options={name: option for name, option in options.items() if name not in _NOT_FOR_KERNELS},
+        digests={"score": mods[0].digest, "covariance": mods[1].digest, "mask": digest(mask_graph.graph_module)},
         probe_low=probe_low,
         adjoint=adjoint,
         adjoint_low=adjoint_low,
@@ -359,38 +365,17 @@ def _instantiate(
     shape: dict[str, Any] = {"width": problem.width, "value_width": problem.value_width, "itemsize": problem.itemsize}
     sparse_sizes: dict[str, Any] = {"q_block": blocks.q_block, "kv_block": blocks.kv_block} if call.block_sparse else {}
     has_full = call.block_sparse and blocks.full_kv_num_blocks is not None
-    found = candidates(
-        stage,
-        **shape,
-        row_tiles=len(call.row_tiles),
-        shared_memory_limit=shared_memory_limit(call.device),
-        tma=_tma_possible(call.device, [inputs[name] for name in _STREAMED if name in inputs]),
-        specialized=_specialized_possible(stage, call, problem),
-        options=call.options,
-        **sparse_sizes,
-    )
-    if not inductor.config.max_autotune:
-        found = found[:1]
-    generators = {}
-    has_counter = any(candidate.specialized for candidate in found)
-    if has_counter:
-        # Persistent programs draw their items from it, and leave it at 0.
-        generators[len(inputs)] = _zeros_like
-        counter = inductor.lowerings[torch.ops.aten.full]([2], 0, dtype=torch.int32, device=call.device)
-        inputs = inputs | {"COUNTER": _realized([counter])[0]}
-        mutated = [*mutated, inputs["COUNTER"]]
     lists = []
     if call.block_sparse:
         lists += [getattr(blocks, f"{sparse[0]}_num_blocks"), getattr(blocks, f"{sparse[0]}_indices")]
     if has_full:
         lists += [getattr(blocks, f"{sparse[1]}_num_blocks"), getattr(blocks, f"{sparse[1]}_indices")]
-    nodes = [*inputs.values(), *lists]
 
     def even(length: Any, block: int, sparse_block: int) -> bool:
         whole = max(block, sparse_block if call.block_sparse else 1)
         return bool(sizevars.statically_known_multiple_of(length, whole))
 
-    common = {
+    common: dict[str, Any] = {
         "SCALE": call.scale,
         "GQA": problem.q_heads // problem.kv_heads,
         "D": problem.width,
@@ -411,9 +396,36 @@ def _instantiate(
         "PRECISION": precision(),
         "LOG2E": LOG2E,
         "LN2": LN2,
-        "HAS_COUNTER": has_counter,
         **switches,
     }
+    found = offered(
+        ask(
+            stage,
+            device=call.device,
+            dtype=call.query.get_dtype(),
+            constants=common,
+            lengths=(problem.q_length, problem.kv_length),
+            mods=call.digests,
+        ),
+        **shape,
+        row_tiles=len(call.row_tiles),
+        shared_memory_limit=shared_memory_limit(call.device),
+        tma=_tma_possible(call.device, [inputs[name] for name in _STREAMED if name in inputs]),
+        specialized=_specialized_possible(stage, call, problem),
+        options=call.options,
+        **sparse_sizes,
+    )
+    if not inductor.config.max_autotune:
+        found = found[:1]
+    generators = {}
+    common["HAS_COUNTER"] = any(candidate.specialized for candidate in found)
+    if common["HAS_COUNTER"]:
+        # Persistent programs draw their items from it, and leave it at 0.
+        generators[len(inputs)] = _zeros_like
+        counter = inductor.lowerings[torch.ops.aten.full]([2], 0, dtype=torch.int32, device=call.device)
+        inputs = inputs | {"COUNTER": _realized([counter])[0]}
+        mutated = [*mutated, inputs["COUNTER"]]
+    nodes = [*inputs.values(), *lists]
     specialized = {"PROGRAMS": _multiprocessors(call.device), "HEAD_GROUP": _head_group(problem)}
     choices: list[Any] = []
     for candidate in found:

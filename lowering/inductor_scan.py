@@ -9,11 +9,12 @@ import torch
 
 from .. import templates
 from . import scan, scan_products, scan_solve
-from .candidates import candidates, padded
+from .candidates import padded
 from .inductor import allocate, distinct, node_layouts, precision, shared_memory_limit
 from .plan import CHUNK, scan_segments
 from .scan_step import scan_step  # noqa: F401  (its lowering is here)
 from .torch_compat import inductor, inline_in_lowering
+from .tuned import ask, offered
 
 
 @inductor.SymbolicGridFn
@@ -74,8 +75,10 @@ def _instantiate(
     }
     outputs = {name: allocate(given) for name, given in written.items() if given is not None}
     dot, exact = _products(stage, tf32, {name: node.get_dtype() for name, node in operands.items()})
-    found = candidates(
-        stage,
+    constants = {"D": width, "DV": value_width, "PRECISION": exact, "HAS_STARTS": "STARTS" in inputs, **switches}
+    dtype = operands["V" if "V" in operands else "K"].get_dtype()
+    found = offered(
+        ask(stage, device=device, dtype=dtype, constants=constants, lengths=(length, length)),
         width=width,
         value_width=value_width,
         itemsize=4 if dot == "tl.float32" else 2,

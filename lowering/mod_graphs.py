@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
@@ -56,3 +57,23 @@ def differentiated_buffers(joint: torch.fx.GraphModule) -> tuple[bool, ...]:
     """For each tensor that a mod captures, whether its joint graph gives a gradient for it."""
     (outputs,) = list(joint.graph.nodes)[-1].args
     return tuple(output is not None for output in outputs[5:])
+
+
+def digest(graph: torch.fx.GraphModule) -> str:
+    """What a mod computes, as a short text that is the same in every process: operations and constants.
+
+    Captured tensors count by their position only, so that two mods that differ in captured values agree.
+    """
+    numbers: dict[torch.fx.Node, int] = {}
+
+    def plain(value: Any) -> str:
+        # Devices are left out: a graph traced on a CPU for a GPU has that machine's.
+        return "device" if isinstance(value, torch.device) else str(value)
+
+    lines = []
+    for number, node in enumerate(graph.graph.nodes):
+        numbers[node] = number
+        arguments = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda used: f"%{numbers[used]}")
+        target = node.target if node.op == "call_function" else ""
+        lines.append(f"{node.op} {target} {torch.fx.node.map_aggregate(arguments, plain)}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]

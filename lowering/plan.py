@@ -5,6 +5,7 @@ The lowering executes a plan, ``plx.explain`` prints it, tests compare its text.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -20,6 +21,8 @@ Algorithm = Literal[
     "split keys",
     "merge of states",
 ]
+
+_log = logging.getLogger(__name__)
 
 EXPECTED_ITERATIONS = 16
 """Steps that a solve is expected to take, for its cost: rows stop by their residual (the first ``2 D`` rows take more)."""
@@ -241,13 +244,17 @@ def make_plan(problem: Problem) -> Plan:
     is a scan instead.
     """
     if problem.scans:
-        return Plan(problem, tuple(_scan(problem)))
-    algorithm: Algorithm = "streaming" if problem.device != "cpu" else "row chunks"
-    if problem.solved:
-        return Plan(problem, tuple(_solved(problem, algorithm)))
-    stages = [*_gradient_steps(problem), _forward(problem, algorithm)]
-    if problem.needs_grad is not None:
-        stages += [*_backward(problem, algorithm), *_gradient_steps_backward(problem)]
+        stages = _scan(problem)
+    else:
+        algorithm: Algorithm = "streaming" if problem.device != "cpu" else "row chunks"
+        if problem.solved:
+            stages = _solved(problem, algorithm)
+        else:
+            stages = [*_gradient_steps(problem), _forward(problem, algorithm)]
+            if problem.needs_grad is not None:
+                stages += [*_backward(problem, algorithm), *_gradient_steps_backward(problem)]
+    for stage in stages:
+        _log.info("%s: %s, %s: %s", stage.name, stage.direction, stage.algorithm, stage.reason)
     return Plan(problem, tuple(stages))
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .cache_key import CACHE_SALT
+from .cache_key import cache_salt
 from .operator import empty_in_layout_of, statistics_dtype
 from .plan import CHUNK
 from .scan_products import NO_SUMS, Sums, product, scan_product, totals
@@ -90,7 +90,7 @@ class Kernels:
             inverse: ``1 / n`` of each row, ``[B or 1, Lq]``; starts: see :class:`Prefix`.
             matrix, first, second: the state before the sequence, all of them or none.
             intercept, moment, save_state, whole: see :func:`product`.
-            cache_salt: not used here; see :data:`~.cache_key.CACHE_SALT`.
+            cache_salt: not used here; see :func:`~.cache_key.cache_salt`.
 
         Returns:
             ``out [B, Hq, Lq, Dv]`` in value's dtype, ``t [B, Hq, Lq]``, and the state after the sequence; empty where
@@ -306,6 +306,7 @@ def attention(
             assert initial.value_sum is not None
             none = [initial.value_sum.new_zeros((*value.shape[:2], *width)) for width in ((1, value.size(3)), (1,))]
             initial = initial._replace(key_value=none[0], key_sum=none[1])
+    assert probe is not None
     # The covariance does not see a shift of the keys, and what is rounded gets smaller: FAMILY, "Centre the probe score".
     center = key.detach()[:, :, :CHUNK].to(wide).mean(2, keepdim=True) if intercept and not zero else None
     centred = key if center is None else key.to(wide) - center
@@ -319,7 +320,7 @@ def attention(
         before = initial.count.to(wide)[:, None, None]
         moved = initial.key_value - center.mT * initial.value_sum[:, :, None]
         sums = (moved, initial.key_sum - before * center[:, :, 0], initial.value_sum)
-    switches = (intercept, moment, save_state, prefix.whole, CACHE_SALT)
+    switches = (intercept, moment, save_state, prefix.whole, cache_salt())
     out, mean, matrix, first, second = scan(query, probe, centred, value, 1.0 / count, prefix.starts, *sums, *switches)
     if center is not None and moment and probe is not None:
         group = probe.size(1) // key.size(1)

@@ -14,6 +14,7 @@ import contextlib
 import functools
 import importlib
 import inspect
+import json
 import re
 import textwrap
 import types
@@ -56,6 +57,7 @@ __all__ = [
     "has_gluon",
     "inductor",
     "inline_in_lowering",
+    "length_hint",
     "mark_static",
     "missing_symbols",
     "raise_input",
@@ -66,8 +68,10 @@ __all__ = [
     "save_values_for_backward",
     "saved_values",
     "set_original_aten_op",
+    "settled_when_traced",
     "skip_frames_of",
     "source_type",
+    "trace_artifact",
     "trace_mod",
     "traced_while_loop",
     "track_tensor_tree",
@@ -78,6 +82,8 @@ __all__ = [
 # Private symbol -> parameters that we pass by name or position. Kept as data so that one test covers them all.
 FENCED: dict[str, tuple[str, ...]] = {
     "torch._guards:TracingContext.try_get": (),
+    "torch._inductor.sizevars:SizeVarAllocator.optimization_hint": ("expr", "fallback"),
+    "torch._logging._internal:trace_structured": ("name", "metadata_fn", "payload_fn", "expect_trace_id"),
     "torch._dynamo._trace_wrapped_higher_order_op:TransformGetItemToIndex": (),
     "torch._dynamo.variables.higher_order_ops:_hop_name_to_variable_class": (),
     "torch._dynamo.variables.higher_order_ops:FlexAttentionHigherOrderVariable.create_wrapped_node": (
@@ -149,6 +155,7 @@ FENCED: dict[str, tuple[str, ...]] = {
     "torch._inductor.select_algorithm:TritonTemplate.maybe_append_choice": ("choices",),
     "torch._inductor.select_algorithm:TritonTemplate.kernel_type": (),
     "torch._inductor.select_algorithm:TritonTemplateKernel.jit_lines": (),
+    "torch._inductor.select_algorithm:TritonTemplateKernel.modification": (),
     "torch._inductor.runtime.triton_heuristics:ASTSource": (),
     "torch._inductor.select_algorithm:autotune_select_algorithm": (
         "name",
@@ -463,6 +470,23 @@ def has_gluon() -> bool:
         return False
 
 
+def length_hint(length: Any) -> int:
+    """A length as a number while Inductor lowers: of a symbol what it was in the first call, without a guard on it."""
+    return int(inductor.V.graph.sizevars.optimization_hint(length, fallback=1024))
+
+
+def trace_artifact(name: str, payload: Callable[[], Any]) -> None:
+    """Put JSON into torch's structured trace, where tlparse shows it beside the graph; free when no trace is written."""
+    from torch._logging._internal import trace_structured
+
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "json"},
+        payload_fn=lambda: json.dumps(payload(), default=str),
+        expect_trace_id=False,
+    )
+
+
 def compile_fx(graph: torch.fx.GraphModule, inputs: list[Any], *, mode: str | None, options: dict[str, Any]) -> Any:
     """Inductor on a Dynamo graph, with ``mode``'s settings under the given ones."""
     settings = _resolve("torch._inductor:list_mode_options")(mode) if mode not in (None, "default") else {}
@@ -636,6 +660,22 @@ class _RaiseInput(HigherOrderOperator):
 raise_input = _RaiseInput()
 
 
+class _SettledWhenTraced(HigherOrderOperator):
+    """Calls a function of no arguments; under Dynamo once, when the call is traced, and what it gave is a constant then.
+
+    There is no guard on it: what is compiled already stays as it is.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("parallax_settled_when_traced")
+
+    def __call__(self, function: Callable[[], str]) -> str:
+        return function()
+
+
+settled_when_traced = _SettledWhenTraced()
+
+
 class _CheckArity(HigherOrderOperator):
     """Checks that a mod takes the arguments it will get; under Dynamo at trace time, on the function itself."""
 
@@ -679,6 +719,15 @@ def _register_user_errors() -> None:
 
         call_function = _call_function
 
+    class SettledWhenTracedVariable(higher_order_ops.TorchHigherOrderOperatorVariable):
+        _HOP_NAME = settled_when_traced.__name__
+
+        def _call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
+            (function,) = args
+            return variables.ConstantVariable.create(function.get_function()())
+
+        call_function = _call_function
+
     class CheckArityVariable(higher_order_ops.TorchHigherOrderOperatorVariable):
         _HOP_NAME = check_arity.__name__
 
@@ -695,6 +744,7 @@ def _register_user_errors() -> None:
     registered = higher_order_ops._hop_name_to_variable_class
     registered[raise_input.__name__] = RaiseInputVariable
     registered[check_arity.__name__] = CheckArityVariable
+    registered[settled_when_traced.__name__] = SettledWhenTracedVariable
 
 
 def _traced_error(error: type[Exception], exc: Any) -> type[Exception]:

@@ -10,8 +10,10 @@ import contextlib
 import copy
 import importlib
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -26,15 +28,20 @@ __all__ = [
     "FENCED",
     "CompileArguments",
     "InductorHooks",
+    "choice_grid",
+    "choice_source",
     "compile_arguments",
     "compile_backend",
     "deterministic_tracing",
+    "launch_arguments",
     "load_kernel",
     "move_graph",
+    "nothing_donated",
     "pretend_gpu",
     "record_kernels",
     "run_without_values",
     "triton_source",
+    "wrapper_on_cpu",
 ]
 
 FENCED: dict[str, tuple[str, ...]] = {
@@ -42,13 +49,17 @@ FENCED: dict[str, tuple[str, ...]] = {
     "torch._dynamo.device_interface:CudaInterface": (),
     "torch._dynamo.device_interface:caching_worker_current_devices": (),
     "torch._dynamo.device_interface:caching_worker_device_properties": (),
+    "torch._functorch.config:donated_buffer": (),
     "torch._functorch.config:enable_autograd_cache": (),
+    "torch._inductor.autotune_process:TritonBenchmarkRequest.__init__": ("kernel_name", "extra_args", "module_path"),
     "torch._inductor.async_compile:AsyncCompile.triton": ("kernel_name", "source_code", "device_str"),
     "torch._inductor.async_compile:_load_triton_kernel_from_source": ("kernel_name", "source_code"),
     "torch._inductor.compile_fx:compile_fx": ("model_", "example_inputs_", "inner_compile"),
     "torch._inductor.compile_fx:compile_fx_inner": ("gm", "example_inputs"),
+    "torch._inductor.config:allow_buffer_reuse": (),
     "torch._inductor.config:compile_threads": (),
     "torch._inductor.config:force_disable_caches": (),
+    "torch._inductor.config:inplace_buffers": (),
     "torch._inductor.config:fx_graph_cache": (),
     "torch._inductor.config:joint_graph_constant_folding": (),
     "torch._inductor.config:max_autotune": (),
@@ -56,6 +67,7 @@ FENCED: dict[str, tuple[str, ...]] = {
     "torch._inductor.runtime.hints:DeviceProperties": (),
     "torch._inductor.runtime.triton_heuristics:CachingAutotuner._create_compile_meta": ("cfg",),
     "torch._inductor.runtime.triton_heuristics:CachingAutotuner._create_compile_options": ("cfg", "compile_meta"),
+    "torch._inductor.runtime.triton_heuristics:CachingAutotuner._interpret_args_grid": ("args", "cfg"),
     "torch._inductor.runtime.triton_helpers:set_driver_to_gpu": (),
     "torch._inductor.select_algorithm:get_algorithm_selector_cache": (),
     "torch._subclasses.fake_tensor:FakeTensor": (),
@@ -349,6 +361,18 @@ def triton_source(
         compile_fx_inner(graph, inputs, **kwargs)
 
 
+def choice_source(choice: Any) -> tuple[str, str]:
+    """Name and source of the kernel by which Inductor would time a choice: the template's own, without what is fused to it."""
+    request = choice.bmreq
+    return request.kernel_name, Path(request.module_path).read_text(encoding="utf-8")
+
+
+def choice_grid(choice: Any) -> tuple[int, int, int]:
+    """The blocks of that kernel's launch; lengths that are symbols count as in the first call."""
+    x, y, z = (int(size) for size in choice.bmreq.extra_args[-3:])
+    return x, y, z
+
+
 def compile_backend(inner: Callable[..., Any]) -> Callable[..., Any]:
     """A ``torch.compile`` backend: Inductor's, with ``inner(graph, inputs, is_backward=..., **kwargs)`` at its end."""
     from torch._inductor.compile_fx import compile_fx
@@ -395,6 +419,46 @@ def load_kernel(name: str, source: str) -> Any:
 
     with mock.patch.dict(os.environ):  # Inductor sets TRITON_CACHE_DIR here
         return _load_triton_kernel_from_source(name, source)
+
+
+def launch_arguments(kernel: Any, arguments: Sequence[Any]) -> tuple[list[Any], tuple[int, int, int]]:
+    """What a wrapper's launch of a kernel of :func:`load_kernel` hands to its first configuration, and the grid."""
+    handed, grid = kernel._interpret_args_grid(tuple(arguments), kernel.configs[0])
+    x, y, z = (int(size) for size in grid)
+    return list(handed), (x, y, z)
+
+
+def nothing_donated() -> Any:
+    """A context in which backward graphs do not overwrite what the forward saved, so that they can run again."""
+    import torch._functorch.config as functorch
+
+    return functorch.patch(donated_buffer=False)
+
+
+@contextlib.contextmanager
+def wrapper_on_cpu(
+    wrapper: str, target: Target, make: Callable[[str, str], Any], empty: Callable[..., Any]
+) -> Iterator[Any]:
+    """The ``call`` of a wrapper for a GPU, to be run on CPU tensors meanwhile.
+
+    Args:
+        make: ``(name, source)`` -> what stands for a kernel; it has ``run(*arguments, stream)``.
+        empty: ``(size, stride, dtype) -> tensor`` in place of allocations.
+    """
+    source = re.sub(r"device='cuda:\d+'", "device='cpu'", wrapper)
+    source = re.sub(r"device\(type='cuda', index=\d+\)", "device(type='cpu')", source)
+    module: dict[str, Any] = {"__name__": "generated_wrapper"}
+    with (
+        pretend_gpu(target),
+        record_kernels(make),
+        mock.patch.object(torch.cuda, "_DeviceGuard", return_value=contextlib.nullcontext()),
+        mock.patch.object(torch.cuda, "set_device", _no_stream),
+        torch.no_grad(),
+    ):
+        exec(compile(source, "<generated wrapper>", "exec"), module)
+        module["get_raw_stream"] = _no_stream
+        module["empty_strided_cuda"] = module["empty_strided_cpu"] = empty
+        yield module["call"]
 
 
 def compile_arguments(kernel: Any) -> CompileArguments:

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from . import caches, errors, masks, mods, nn
+from .ahead_of_time import AheadOfTime, aot, load_aot
 from .attention import AuxOutput, AuxRequest, attention, flex_attention
 from .compiler import parallax_compile
 from .decoding import decode
@@ -34,8 +35,8 @@ from .spec import (
     Zero,
     family,
 )
-
-__version__ = "0.1.0"
+from .tuning import TuningReport, autotune
+from .version import __version__ as __version__
 
 __all__ = [
     "AFFINE_LINEAR",
@@ -46,6 +47,7 @@ __all__ = [
     "PARALLAX",
     "SOFTMAX",
     "VALUE_AVERAGE",
+    "AheadOfTime",
     "AttentionSpec",
     "AuxOutput",
     "AuxRequest",
@@ -57,8 +59,11 @@ __all__ = [
     "Learned",
     "Solved",
     "State",
+    "TuningReport",
     "Zero",
+    "aot",
     "attention",
+    "autotune",
     "caches",
     "decode",
     "decode_state",
@@ -68,6 +73,7 @@ __all__ = [
     "family",
     "flex_attention",
     "inspect",
+    "load_aot",
     "masks",
     "mods",
     "nn",

@@ -19,7 +19,7 @@ from . import masks, reference, validation
 from .block_masks import combined_block_mask
 from .errors import InputError, InputTypeError
 from .lowering import probes, scan
-from .lowering.cache_key import CACHE_SALT
+from .lowering.cache_key import cache_salt
 from .lowering.dense import allowed_pairs
 from .lowering.operator import attention_forward
 from .lowering.plan import chunked_scan
@@ -352,7 +352,7 @@ def _summed(call: _Call) -> tuple[Tensor, AuxOutput]:
 
 def _weights(call: _Call, block_mask: BlockMask | None) -> probes.Weights:
     options = dict(call.kernel_options) if call.kernel_options is not None else {}
-    options["cache_salt"] = CACHE_SALT
+    options["cache_salt"] = cache_salt()
     score_mod = _identity if call.score_mod is None else call.score_mod
     return probes.Weights(
         _uniform if call.spec.bandwidth.kind == "infinite" else score_mod,

@@ -20,13 +20,12 @@ from .attention import (
     _Call,
     _compose,
     _everything,
+    _gradient_stage,
     _identity,
+    _ridge,
     _uncompiled,
     _uniform,
     _warn_unfused,
-)
-from .attention import (
-    _probe_stage as found_probe,
 )
 from .cache_validation import check_call, check_values
 from .errors import InputTypeError
@@ -286,9 +285,12 @@ def _probe_stage(call: _Call, cached: _Cached) -> probes.ProbeStage:
         1.0 / math.sqrt(call.query.size(3)) if call.scale is None else float(call.scale),
         {"cache_salt": CACHE_SALT},
     )
-    found = found_probe(dense, weights)
-    assert found is not None
-    return found
+    kind = call.spec.probe
+    if isinstance(kind, Gradient):
+        return _gradient_stage(dense, weights)
+    assert isinstance(kind, Solved)
+    lam = _ridge(dense, weights)
+    return probes.solved(dense.query, dense.key, None, lam, weights, call.spec.intercept, kind.max_iterations).stage
 
 
 def _empty(call: _Call, cached: _Cached) -> tuple[Tensor, AuxOutput]:

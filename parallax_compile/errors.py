@@ -17,3 +17,7 @@ class InputTypeError(ParallaxError, TypeError):
 
 class UnsupportedError(ParallaxError, NotImplementedError):
     """The compiled path does not cover this call; the message names what does (usually the uncompiled reference)."""
+
+
+class StoreError(ParallaxError, OSError):
+    """The store of tuned candidates, or a file to import into it, cannot be read or written."""

@@ -1,21 +1,24 @@
-""":func:`explain`: the plan of a call, what it must cost, and how fast the target could be at best."""
+""":func:`explain`: the plan of a call, what it must cost, the target's best, and what its kernels make of it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from . import masks, validation
-from .block_masks import combined_block_mask
+from . import mask_pictures, masks, validation
+from .block_masks import block_kinds, combined_block_mask
+from .errors import UnsupportedError
+from .lowering.candidates import padded
 from .lowering.plan import EXPECTED_ITERATIONS, Cost, Plan, Problem, Stage, make_plan
 from .lowering.targets import Target, resolve
 from .spec import AttentionSpec, Gradient, Solved
 
-__all__ = ["Explanation", "StageExplanation", "explain"]
+__all__ = ["Explanation", "KernelExplanation", "StageExplanation", "explain"]
 
 
 @dataclass(frozen=True)
@@ -29,13 +32,86 @@ class StageExplanation:
 
 
 @dataclass(frozen=True)
+class KernelExplanation:
+    """The kernel of one stage on the target.
+
+    Attributes:
+        stage, direction: which.
+        level: which level of the lookup gave its candidate: ``exact``, ``bucket``, ``shipped`` or ``heuristic``.
+        why: that in a sentence, with where it was measured.
+        candidate: tile sizes and launch parameters.
+        resources: registers, spills, shared memory, as the assembler reports them.
+        predicted_seconds, basis: how long it should take, and what says so: a measurement scaled to this call, or the resource
+            model.
+        advice: what would make it faster.
+    """
+
+    stage: str
+    direction: str
+    level: str
+    why: str
+    candidate: dict[str, Any]
+    resources: dict[str, Any]
+    predicted_seconds: float | None
+    basis: str
+    advice: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Explanation:
-    """What :func:`explain` found. ``str()`` of it is the text; the fields are for programs."""
+    """What :func:`explain` found. ``str()`` of it is the text; the fields are for programs.
+
+    Attributes:
+        kernels: of the stages that are kernels, where they were asked for.
+        advice: what would make the whole call faster.
+        blocks: the mask's blocks, 0 empty, 1 partial, 2 full, of the first batch entry and head; None without a mask.
+    """
 
     spec: AttentionSpec
     plan: Plan
     target: Target | None
     stages: tuple[StageExplanation, ...]
+    kernels: tuple[KernelExplanation, ...] = ()
+    advice: tuple[str, ...] = ()
+    blocks: Tensor | None = field(default=None, repr=False, compare=False)
+
+    def mask_text(self, width: int = 64) -> str:
+        """The mask as a picture of characters: full, partial and empty blocks; at most ``width`` wide."""
+        return mask_pictures.text(self.blocks, width)
+
+    def save_mask(self, path: str | Path) -> Path:
+        """Write the mask's picture as PNG (needs matplotlib, the extra ``viz``).
+
+        Raises:
+            InputError: the call has no mask.
+            UnsupportedError: matplotlib is not installed.
+        """
+        return mask_pictures.save(self.blocks, path, self.spec.name or "variant")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: what the command line prints with ``--json``."""
+        return {
+            "spec": repr(self.spec),
+            "member": self.spec.name,
+            "target": None if self.target is None else self.target.name,
+            "problem": asdict(self.plan.problem),
+            "floor_seconds": self.floor_seconds,
+            "stages": [
+                {
+                    "stage": item.stage.name,
+                    "direction": item.stage.direction,
+                    "algorithm": item.stage.algorithm,
+                    "flops": item.cost.flops,
+                    "bytes": item.cost.bytes,
+                    "floor_seconds": item.floor_seconds,
+                    "bound": item.bound,
+                    "reason": item.stage.reason,
+                }
+                for item in self.stages
+            ],
+            "kernels": [asdict(kernel) for kernel in self.kernels],
+            "advice": list(self.advice),
+        }
 
     @property
     def floor_seconds(self) -> float | None:
@@ -76,7 +152,57 @@ class Explanation:
         lines += [f"{item.stage.name}: {item.stage.reason}" for item in self.stages]
         if self.floor_seconds is not None:
             lines.append(f"floor of all stages: {_time(self.floor_seconds)} (data-sheet rates; no kernel reaches them)")
+        if self.kernels:
+            lines += ["", self._kernel_table(), ""]
+            lines += [f"{kernel.stage}: {kernel.level}: {kernel.why}" for kernel in self.kernels]
+        advice = [f"{kernel.stage}: {text}" for kernel in self.kernels for text in kernel.advice] + list(self.advice)
+        if advice:
+            lines += ["", "what would make it faster:", *(f"- {text}" for text in advice)]
+        if self.blocks is not None:
+            lines += ["", self.mask_text()]
         return "\n".join(lines)
+
+    def _kernel_table(self) -> str:
+        from tabulate import tabulate
+
+        floors: dict[tuple[str, str], float | None] = {
+            (item.stage.name, item.stage.direction): item.floor_seconds for item in self.stages
+        }
+        headers = [
+            "stage",
+            "tile",
+            "warps",
+            "stages",
+            "registers",
+            "spills",
+            "shared memory",
+            "floor",
+            "predicted",
+            "by",
+        ]
+        rows = []
+        for kernel in self.kernels:
+            floor, resources, candidate = (
+                floors.get((kernel.stage, kernel.direction)),
+                kernel.resources,
+                kernel.candidate,
+            )
+            spilled = (resources["spill_stores"] or 0) + (resources["spill_loads"] or 0)
+            rows.append(
+                [
+                    kernel.stage,
+                    f"{candidate['block_m']}x{candidate['block_n']}{' TMA' if candidate['tma'] else ''}",
+                    resources["num_warps"],
+                    resources["num_stages"],
+                    "-" if resources["registers"] is None else resources["registers"],
+                    spilled,
+                    resources["shared_memory"],
+                    "-" if floor is None else _time(floor),
+                    "-" if kernel.predicted_seconds is None else _time(kernel.predicted_seconds),
+                    kernel.basis,
+                ]
+            )
+        return tabulate(rows, headers=headers, disable_numparse=True)
 
 
 def explain(
@@ -92,8 +218,9 @@ def explain(
     scale: float | None = None,
     target: str = "auto",
     backward: bool | None = None,
+    kernels: bool = False,
 ) -> Explanation:
-    """The plan of ``attention(query, key, value, probe, spec=spec, ...)``, without running or compiling it.
+    """The plan of ``attention(query, key, value, probe, spec=spec, ...)``, without running it.
 
     Args:
         spec, query, key, value, probe, score_mod, covariance_mod, block_mask, scale: as for
@@ -101,16 +228,18 @@ def explain(
         target: a GPU target (``"sm_80"``, ``"sm_90"``, ``"sm_100"``), ``"auto"`` for the tensors' own device (on a
             machine without a GPU: sm_90), or ``"cpu"``.
         backward: include the backward; None includes it when an input requires a gradient.
+        kernels: also generate and compile the stages' kernels for the target (on any machine; seconds for each kernel): which
+            level of the lookup of tuned candidates answered, resources, predicted time, and what would make it faster.
 
     Raises:
-        InputError, InputTypeError, UnsupportedError: as the call itself would.
+        InputError, InputTypeError, UnsupportedError: as the call itself would; ``kernels`` without triton, or for a CPU.
         ValueError: an unknown target.
     """
     validation.check_tensors(query, key, value, probe, spec, enable_gqa=True)
     validation.check_scale(scale, spec)
     validation.check_mods(spec, score_mod, covariance_mod)
     validation.check_block_mask(block_mask, query, key)
-    validation.check_compiled(query, value, spec)
+    validation.check_compiled(query, value, spec, "cpu" if target == "cpu" else "cuda")
     # A probe that a stage finds is differentiated like the query that it comes from.
     tensors = (query, key, value, query if spec.probe.kind in ("solved", "gradient") else probe)
     needs = tuple(tensor is not None and tensor.requires_grad for tensor in tensors)
@@ -146,7 +275,44 @@ def explain(
         solved=isinstance(spec.probe, Solved),
     )
     plan = make_plan(problem)
-    return Explanation(spec, plan, resolved, tuple(_explain_stage(plan, stage, resolved) for stage in plan.stages))
+    explanation = Explanation(
+        spec,
+        plan,
+        resolved,
+        tuple(_explain_stage(plan, stage, resolved) for stage in plan.stages),
+        advice=tuple(_advice(problem, spec, block_mask)),
+        blocks=None if mask is None else block_kinds(mask)[0, 0],
+    )
+    if not kernels:
+        return explanation
+    if resolved is None:
+        raise UnsupportedError("kernels=True needs a GPU target, but target is 'cpu': its code is Inductor's C++.")
+    from .kernel_explanations import explained_kernels
+
+    found = explained_kernels(
+        explanation, (query, key, value, probe), resolved, backward,
+        {"score_mod": score_mod, "covariance_mod": covariance_mod, "block_mask": block_mask, "scale": scale},
+    )  # fmt: skip
+    return replace(explanation, kernels=found)
+
+
+def _advice(problem: Problem, spec: AttentionSpec, block_mask: BlockMask | None) -> list[str]:
+    """What the caller could change, whatever the kernels are."""
+    found = []
+    for name, width in (("D", problem.width), ("Dv", problem.value_width)):
+        if padded(width) != width:
+            found.append(f"{name} = {width} is computed as {padded(width)}: a power of two wastes nothing")
+    if problem.dtype == "float32" and problem.device != "cpu":
+        found.append("float32 products are slow: bfloat16 inputs, or torch.set_float32_matmul_precision('high')")
+    if block_mask is None and spec.mask_mod is not None and not isinstance(spec.mask_mod, masks.LibraryMask):
+        found.append("the mask is a function of yours: one of plx.masks makes its blocks without asking for every pair")
+    if problem.uniform and not problem.prefix:
+        found.append(
+            "infinite bandwidth takes linear time only under a causal mask, or none, and without a covariance_mod"
+        )
+    if problem.solved:
+        found.append("each step of the solver is as long as a forward: a larger ridge takes fewer")
+    return found
 
 
 def _probe_steps(spec: AttentionSpec) -> int:

@@ -285,10 +285,10 @@ def check_scan_options(options: Any) -> None:
         )
 
 
-def check_compiled(query: Tensor, value: Tensor, spec: AttentionSpec) -> None:
-    """What the compiled path covers; the rest is the reference's, uncompiled."""
+def check_compiled(query: Tensor, value: Tensor, spec: AttentionSpec, on: str | None = None) -> None:
+    """What the compiled path covers on query's device, or on the kind ``on``; the rest is the reference's, uncompiled."""
     instead = "Call plx.attention outside of torch.compile: the reference covers it."
-    device = query.device.type
+    device = query.device.type if on is None else on
     if device not in ("cpu", "cuda"):
         raise_input(UnsupportedError, f"compiled attention runs on cpu and cuda, not on {device}. {instead}")
     if device == "cuda" and query.dtype == torch.float64:

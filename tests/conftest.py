@@ -40,6 +40,8 @@ def _prepare_environment() -> None:
         _own_caches.append(root)
         for name in _CACHES:
             os.environ[name] = str(Path(root, name.split("_")[0].lower()))
+    if "PARALLAX_STORE" not in os.environ:  # what a developer has tuned must not decide what is tested
+        os.environ["PARALLAX_STORE"] = "off"
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:
         threads = max(1, (os.cpu_count() or 1) // workers)

@@ -48,19 +48,6 @@ def test_quantiles() -> None:
     assert summary([5.0, 1.0, 4.0, 2.0, 3.0]) == {"ms": 3.0, "ms_20": 2.0, "ms_80": 5.0}
 
 
-def test_the_search_generates_its_kernels_without_a_gpu(tmp_path: Path) -> None:
-    stages = ("core_forward", "core_backward_query", "core_backward_key")
-    tiles = tmp_path / "tiles.json"
-    tiles.write_text(json.dumps({f"softmax 64 {stage}": [[64, 64, 4, 2, True, 0]] for stage in stages}))
-    command = [sys.executable, str(BENCHMARKS / "search.py"), "--member", "softmax", "--width", "64", "--workers", "1"]
-    command += ["--tiles", str(tiles), "--target", "sm_90", "--generate-only", str(tmp_path / "kernels")]
-    run = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
-    assert run.returncode == 0, run.stderr[-2000:]
-    kernels = json.loads((tmp_path / "kernels" / "000.json").read_text())
-    assert [kernel["stage"] for kernel in kernels] == list(stages)
-    assert all("make_tensor_descriptor" in kernel["source"] for kernel in kernels)
-
-
 def test_flops_are_the_least_products() -> None:
     from contenders import cases
 

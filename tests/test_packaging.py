@@ -102,7 +102,15 @@ def test_wheel_declares_ranges_and_the_backend(wheel: Path) -> None:
     needs = [
         line for line in re.findall(r"^Requires-Dist: (.*)$", texts["METADATA"], re.MULTILINE) if "extra ==" not in line
     ]
-    assert sorted(re.split(r"[<>=; ]", need)[0] for need in needs) == ["tabulate", "torch", "triton"]
+    assert sorted(re.split(r"[<>=; ]", need)[0] for need in needs) == [
+        "click",
+        "filelock",
+        "platformdirs",
+        "rich",
+        "tabulate",
+        "torch",
+        "triton",
+    ]
     (triton,) = (need for need in needs if need.startswith("triton"))
     assert re.search(r"platform_system == .Linux.", triton)
     assert not any("==" in need.split(";")[0] for need in needs), "the package declares ranges, constraints.txt pins"
@@ -168,6 +176,18 @@ def test_installed_wheel_compiles_and_runs_outside_of_the_checkout(installed: Pa
     assert [Path(f).is_relative_to(environment) for f in files] == [True] * 3, files
 
 
+def test_the_command_is_installed_and_works_outside_of_the_checkout(installed: Path, tmp_path: Path) -> None:
+    command = installed.parent / "parallax-compile"
+    assert "PARALLAX" in json.loads(run([command, "family", "--json"], tmp_path))
+    explained = json.loads(
+        run([command, "explain", "LLA", "--shape", "1,2,256,64", "--mask", "causal", "--json"], tmp_path)
+    )
+    assert [stage["stage"] for stage in explained["stages"]][:2] == ["core_solve", "core_forward"]
+    (tmp_path / "mine.py").write_text("import parallax_compile as plx\nVARIANT = plx.SOFTMAX\n", encoding="utf-8")
+    assert "SOFTMAX" in run([command, "explain", "mine:VARIANT", "--shape", "1,2,256,64"], tmp_path)
+    assert run([command, "--version"], tmp_path).strip().endswith(plx.__version__)
+
+
 def test_backend_is_found_by_its_entry_point_before_the_package_is_imported(installed: Path, tmp_path: Path) -> None:
     code = """
         import sys
@@ -210,7 +230,7 @@ def test_import_is_light(tmp_path: Path) -> None:
 
 # --- which folder may know which ------------------------------------------------------------------------------------
 
-LEAVES = {f"{PACKAGE}.{name}" for name in ("spec", "errors", "reference")}
+LEAVES = {f"{PACKAGE}.{name}" for name in ("spec", "errors", "reference", "version")}
 PRIVATE = tuple(f"torch.{name}" for name in ("_inductor", "_dynamo", "_higher_order_ops", "_functorch", "_subclasses"))
 FENCE = {f"{PACKAGE}.lowering.torch_compat{part}" for part in ("", "_calls", "_codegen")}
 

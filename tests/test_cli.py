@@ -1,0 +1,212 @@
+"""The command line, by click's runner; what is installed is tested in test_packaging.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from parallax_compile.lowering import tuned
+from parallax_compile.lowering.store import Entry, Store
+
+import parallax_compile as plx
+from parallax_compile.cli import main, parse_spec
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are compiled here")
+
+ROOT = Path(__file__).resolve().parents[1]
+WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
+
+
+def run(*arguments: str, code: int = 0) -> Result:
+    result = CliRunner().invoke(main, list(arguments))
+    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
+    return result
+
+
+def run_json(*arguments: str, code: int = 0) -> Any:
+    return json.loads(run(*arguments, "--json", code=code).stdout)
+
+
+def commands(group: Any = main, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    found: list[tuple[str, ...]] = []
+    for name, command in group.commands.items():
+        found += commands(command, (*path, name)) if hasattr(command, "commands") else [(*path, name)]
+    return found
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_every_command_has_help_with_an_example_that_parses_and_speaks_json(command: tuple[str, ...]) -> None:
+    text = run(*command, "--help").output
+    assert "--json" in text
+    example = re.search(r"Example:\n\s+parallax-compile (.*)", text)
+    assert example is not None and example[1].startswith(" ".join(command))
+    words = example[1].split()[len(command) :]
+    found: Any = main
+    for name in command:
+        found = found.commands[name]
+    assert found.make_context(command[-1], words) is not None  # options exist, values are sound
+
+
+def test_specs_by_name_json_file_and_attribute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = plx.PARALLAX.replace(covariance_mod=plx.mods.tanh_cap(8.0), mask_mod=plx.masks.sliding_window(64))
+    (tmp_path / "mine.json").write_text(mine.to_json())
+    (tmp_path / "my_variants.py").write_text(
+        "import parallax_compile as plx\nCAPPED = plx.SOFTMAX\nclass Of: inner = plx.LLA\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert parse_spec("parallax") == plx.PARALLAX and parse_spec(mine.to_json()) == mine == parse_spec("mine.json")
+    assert parse_spec("my_variants:CAPPED") == plx.SOFTMAX and parse_spec("my_variants:Of.inner") == plx.LLA
+    for wrong in ("nope", "{", "my_variants:missing", "no_such_module:x", "my_variants:plx", "none.json"):
+        with pytest.raises(plx.errors.InputError):
+            parse_spec(wrong)
+
+
+def test_family() -> None:
+    assert set(run_json("family")) == set(plx.family())
+    assert "PARALLAX" in run("family").output
+
+
+def test_explain() -> None:
+    arguments = ("explain", "PARALLAX", "--mask", "causal", "--shape", "1,4:2,1024,64", "--target", "sm_90")
+    data = run_json(*arguments)
+    assert data["stages"][0]["stage"] == "core_forward" and data["floor_seconds"] > 0
+    text = run(*arguments).output
+    assert "floor of all stages" in text and "queries down" in text
+    assert run_json("explain", "LINEAR", "--mask", "causal", "--target", "cpu")["target"] is None
+
+
+def test_explain_with_kernels_tells_level_resources_and_advice(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    arguments = ["explain", "SOFTMAX", "--shape", "1,1,100,16", "--target", "sm_80", "--no-backward", "--kernels"]
+    data = run_json(*arguments)
+    (kernel,) = data["kernels"]
+    assert kernel["stage"] == "core_forward" and kernel["level"] in ("heuristic", "shipped")
+    assert kernel["resources"]["registers"] > 0 and kernel["predicted_seconds"] > data["floor_seconds"]
+    assert any("parallax-compile tune SOFTMAX --shape 1,1,100,16" in text for text in kernel["advice"])
+    text = run(*arguments).output
+    assert "what would make it faster" in text and "registers" in text
+
+
+def test_the_mask_as_png(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "mask.png"
+    run("explain", "SOFTMAX", "--mask", "window:100", "--shape", "1,1,512,16", "--mask-png", str(path))
+    assert path.read_bytes().startswith(b"\x89PNG")
+    run("explain", "SOFTMAX", "--shape", "1,1,512,16", "--mask-png", str(path), code=2)
+
+
+def test_inspect(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    arguments = ("inspect", "SOFTMAX", "--shape", "1,1,64,16", "--no-backward", "--target", "sm_80")
+    (kernel,) = run_json(*arguments, "--out", str(tmp_path))["kernels"]
+    assert kernel["resources"]["registers"] > 0 and any(tmp_path.glob("*.ptx"))
+    assert ".target sm_80" in run(*arguments, "--emit", "ptx", "--stage", "core_forward").output
+    assert "tt.func" in next(iter(run_json(*arguments, "--emit", "ttir").values()))
+    assert "--stage must be one of core_forward" in run(*arguments, "--stage", "typo", code=2).stderr
+
+
+@WITHOUT_GPU
+def test_tune_without_a_gpu_says_what_to_do() -> None:
+    assert "measures='model'" in run("tune", "PARALLAX", code=3).stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, code",
+    [
+        (["explain", "PARALLAX", "--shape", "1,2"], 2),
+        (["explain", "PARALLAX", "--dtype", "int8"], 2),
+        (["explain", "PARALLAX", "--mask", "circle"], 2),
+        (["explain", "PARALLAX", "--target", "sm_1"], 2),
+        (["explain", "PARALLAX", "--shape", "1,1,64,300"], 3),
+        (["check", "--member", "NOBODY"], 2),
+        (["store", "show", "nothing"], 2),
+        (["store", "import", "/nonexistent.json"], 1),
+        (["nonsense"], 2),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else str(x),
+)
+def test_exit_codes(arguments: list[str], code: int) -> None:
+    result = run(*arguments, code=code)
+    assert "rror" in result.stderr and "Traceback" not in result.output
+
+
+def test_check_passes_and_a_wrong_result_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    from parallax_compile import checking
+
+    assert "1 passed, 0 failed" in run("check", "--member", "softmax", "--quick", "--device", "cpu").output
+    wrong = checking.CheckResult("SOFTMAX", "s", "float32", True, {"out": 1e-7, "dq": 0.5}, 1e-5, 0.0)
+    monkeypatch.setattr(checking, "_case", lambda *case: wrong)
+    (result,) = run_json("check", "--member", "softmax", "--quick", "--device", "cpu", code=1)
+    assert result["passed"] is False and result["errors"]["dq"] == 0.5
+
+
+def test_bench_on_cpu() -> None:
+    data = run_json(
+        "bench",
+        "SOFTMAX",
+        "--shape",
+        "1,1,64,16",
+        "--dtype",
+        "fp32",
+        "--device",
+        "cpu",
+        "--repeats",
+        "3",
+        "--no-backward",
+    )
+    assert data["timings"][0]["milliseconds"] > 0
+
+
+def test_env() -> None:
+    data = run_json("env")
+    assert data["torch"] == torch.__version__ and data["default target"]
+
+
+def test_the_store_commands(tmp_path: Path) -> None:
+    def entry(stage: str, **versions: str) -> Entry:
+        current = {**tuned.versions(), **versions}
+        key = {"stage": stage, "device": "Some GPU", "template": tuned.template_digest(stage), **current}
+        return Entry(key, {"block_m": 64}, {"milliseconds": 0.5}, {"tested": True})
+
+    pytest.importorskip("triton")
+    with tuned.using(Store(tmp_path / "store")) as store:
+        kept, stale = entry("core_forward"), entry("core_backward_key", torch="0.1")
+        store.put([kept, stale])
+        assert set(run_json("store", "list")) == {kept.digest, stale.digest}
+        assert list(run_json("store", "list", "--stage", "core_forward")) == [kept.digest]
+        assert "2 entries in" in run("store", "list").output
+        assert run_json("store", "show", kept.digest[:8])["result"] == {"milliseconds": 0.5}
+        assert run_json("store", "export", str(tmp_path / "all.json"))["entries"] == 2
+        assert run_json("store", "prune")["removed"] == 1 and list(store.entries()) == [kept.digest]
+        assert run_json("store", "import", str(tmp_path / "all.json"))["entries"] == 2 and len(store.entries()) == 2
+        assert run_json("store", "prune", "--all")["removed"] == 2 and not store.entries()
+
+
+def test_decisions_go_to_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("triton")
+    from parallax_compile.lowering.codegen import generate
+
+    inputs = [torch.empty(1, 1, 64, 16, dtype=torch.float16, device="meta") for _ in range(3)]
+    with caplog.at_level("INFO", logger="parallax_compile"):
+        generate(lambda *tensors: plx.attention(*tensors), inputs, target="sm_90", backward=False)
+    assert "one pass keeps no score" in caplog.text
+    assert any(f"level {level}" in caplog.text for level in ("heuristic", "shipped"))
+
+
+def test_the_page_of_transcripts_is_what_the_commands_print() -> None:
+    import subprocess
+
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    page = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "cli_page.py"), "--check"],
+        capture_output=True, text=True, check=False, env=environment,
+    )  # fmt: skip
+    assert page.returncode == 0, page.stdout + page.stderr
