@@ -192,7 +192,7 @@ _TABLE_TF32: dict[tuple[str, bool, int], _Row] = {
     ("scan_totals", False, 64): ((64, 64, 4, 2), (32, 32, 4, 2)),
     ("scan_totals", False, 128): ((64, 64, 8, 2), (32, 32, 4, 2)),
     ("scan_product", False, 64): ((64, 64, 4, 2), (32, 32, 4, 2)),
-    ("scan_product", False, 128): ((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 4, 1)),
+    ("scan_product", False, 128): ((32, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 2), (32, 32, 4, 1)),
 }
 
 _OPTION_PREFIXES = {

@@ -264,9 +264,8 @@ class Kernels:
         return u, (as_value + as_key).to(key.dtype), dmatrix, dfirst
 
     def _centred(self, key: Tensor, center: Tensor | None) -> Tensor:
-        if center is not None:
-            key = key.to(center.dtype) - center.unsqueeze(2)
-        return key.to(self.operands(key.dtype))
+        dtype = self.operands(key.dtype)
+        return (key if center is None else key.to(center.dtype) - center.unsqueeze(2)).to(dtype)
 
     def _states(
         self, keys: Tensor, starts: Tensor | None, matrix: Tensor | None, first: Tensor | None, whole: bool
