@@ -297,6 +297,9 @@ def test_there_are_always_programs_enough(lengths: list[int], programs: int, hea
     cut = decode_cut(**sizes(batch=len(lengths), kv_heads=heads, most_keys=5000, programs=programs))
     tiles = [-(-n // 64) for n in lengths]
     share = max(-(-sum(tiles) // cut.slots), cut.least_tiles)
+    wanted = sum(max(-(-n // share), 1) for n in tiles)
+    if wanted > cut.slots:
+        share = -(-share * wanted // cut.slots)
     splits = [max(-(-n // share), 1) for n in tiles]
     assert sum(splits) <= cut.programs
     for n, count in zip(tiles, splits, strict=True):
