@@ -52,9 +52,7 @@ _TEMPLATES = {
 }
 _APPENDED_AT_ONCE = 16  # new keys that a program writes at once
 _APPENDED_ON_THE_WAY = 16  # new keys that a decode kernel writes itself, at most
-_ROWS_WITH_LATE_SUMS = (
-    32  # rows of a tile whose weights' sums are kept apart for each key of a tile: more have no registers left
-)
+_ROWS_WITH_LATE_SUMS = 32  # most rows of a tile whose sums are kept apart for each key: more leave no registers
 _BATCH_BLOCK = 256  # sequences whose lengths a program reads at once, at most
 _MERGED_NUMBERS = 8192  # of partial sums that a merge holds at once
 

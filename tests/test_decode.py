@@ -287,6 +287,23 @@ def test_how_calls_are_cut() -> None:
     assert decode_cut(**sizes(most_keys=None)).programs == 34
 
 
+def test_the_plan_reads_as_text() -> None:
+    query, cache = torch.empty(8, 32, 1, 128, dtype=torch.bfloat16), torch.empty(8, 8, 8192, 128, dtype=torch.bfloat16)
+    found = plx.explain_decode(plx.PARALLAX, query, cache, cache, query, target="sm_90")
+    (stage,) = found.plan.stages
+    assert (stage.name, stage.algorithm, stage.products) == ("decode_split", "split keys", (2, 2))
+    assert found.stages[0].bound == "memory bandwidth" and 80e-6 < found.stages[0].floor_seconds < 82e-6
+    assert "the program of a head that arrives last merges" in str(found)
+    eight = cache.to(torch.float8_e4m3fn)
+    assert plx.explain_decode(plx.PARALLAX, query, eight, eight, query, target="sm_90").floor_seconds < 42e-6
+    window = plx.PARALLAX.replace(mask_mod=plx.masks.sliding_window(1024))
+    assert plx.explain_decode(window, query, cache, cache, query, target="sm_90").floor_seconds < 12e-6
+    rows = query.expand(-1, -1, 4, -1)
+    names = [stage.name for stage in plx.explain_decode(plx.LLA, rows, cache, cache, target="sm_90").plan.stages]
+    assert names == ["core_solve", "decode_split", "decode_merge"]
+    assert plx.explain_decode(plx.SOFTMAX, query, cache, cache, target="cpu").plan.stages[0].algorithm == "row chunks"
+
+
 @given(
     lengths=st.lists(st.integers(0, 5000), min_size=1, max_size=40),
     programs=st.integers(1, 600),
