@@ -97,6 +97,8 @@ def test_no_rows_no_room_no_new_keys() -> None:
     decode = lambda *x, **more: plx.decode(*x, cache_seqlens=torch.tensor([3, 0]), **more)
     assert decode(query[:, :, :0], cache, cache).shape == (2, 4, 0, 8)
     assert not decode(query, cache[:, :, :0], cache[:, :, :0]).any()
+    pages, table = torch.randn(3, 16, 4, 8), torch.empty(2, 0, dtype=torch.int32)
+    assert not decode(query, pages, pages, page_table=table, key=query, value=query).any()
     none = query[:, :, :0]
     assert torch.equal(decode(query, cache, cache, key=none, value=none), decode(query, cache, cache))
     assert torch.equal(plx.decode(query, cache, cache, cache_seqlens=3)[:1], decode(query, cache, cache)[:1])
