@@ -412,18 +412,25 @@ class DecodeCandidate:
     tma: bool = False
 
 
-# (bytes of a cached number, padded width up to) -> BLOCK_N, warps, stages, programs, tma, best first. Of the 16-bit rows up to
-# 128 a search on an H100 found the order (benchmarks/decode.py --sweep).
+# (bytes of a cached number, padded width up to) -> BLOCK_N, warps, stages, programs, tma, best first. Guesses: of them only
+# (64, 4, 3, 2) of (2, 128) has been timed on a GPU (benchmarks/NOTES.md); `benchmarks/decode.py --sweep` times the rest.
 _DECODE_TABLE: dict[tuple[int, int], _Row] = {
     (2, 64): ((64, 4, 4, 2), (128, 4, 3, 2), (64, 4, 3, 4), (32, 4, 4, 4)),
-    (2, 128): ((64, 4, 3, 2), (32, 4, 4, 4), (64, 4, 4, 1), (128, 8, 3, 1), (32, 2, 4, 4)),
+    (2, 128): (
+        (64, 4, 4, 2),
+        (64, 4, 3, 2),
+        (64, 4, 4, 2, _TMA),
+        (128, 8, 3, 1, _TMA),
+        (32, 4, 4, 4),
+        (32, 2, 4, 4),
+    ),
     (2, 256): ((32, 4, 3, 2), (16, 4, 3, 2)),
     (1, 64): ((128, 4, 4, 2), (64, 4, 4, 4)),
     (1, 128): ((64, 4, 4, 2), (128, 4, 3, 2), (64, 4, 3, 4)),
     (1, 256): ((64, 4, 3, 1), (32, 4, 3, 2)),
     (4, 64): ((32, 4, 3, 2), (16, 4, 2, 2)),
-    (4, 128): ((32, 4, 2, 2), (16, 4, 2, 2)),
-    (4, 256): ((16, 4, 2, 1), (16, 4, 1, 1)),
+    (4, 128): ((32, 8, 2, 2), (16, 4, 2, 2)),
+    (4, 256): ((16, 8, 2, 1), (16, 4, 1, 1)),
 }
 _DECODE_FIELDS = {
     "BLOCK_N": "block_n",

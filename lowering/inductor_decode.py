@@ -52,6 +52,7 @@ _TEMPLATES = {
 }
 _APPENDED_AT_ONCE = 16  # new keys that a program writes at once
 _APPENDED_ON_THE_WAY = 16  # new keys that a decode kernel writes itself, at most
+_ROWS_WITH_LATE_SUMS = 32  # most rows of a tile whose sums are kept apart for each key: more leave no registers
 _BATCH_BLOCK = 256  # sequences whose lengths a program reads at once, at most
 _MERGED_NUMBERS = 8192  # of partial sums that a merge holds at once
 
@@ -303,6 +304,7 @@ def _lower_decode(*arguments: Any) -> Any:
             "ROWS_USED": used,
             "BLOCK_M": stacked,
             "BLOCK_N": candidate.block_n,
+            "SUMS_AT_THE_END": stacked <= _ROWS_WITH_LATE_SUMS,
             "SLOTS": own.slots,
             "LEAST_TILES": own.least_tiles,
             "USE_TMA": candidate.tma,

@@ -56,6 +56,7 @@ class Problem:
         prefix: whether each row's keys are a causal prefix (of its document), or all of them.
         probe_steps: steps of the stage that finds the probe, for a solved (expected) or gradient probe; 0 for others.
         solved: whether that stage stops by residual and is differentiated implicitly.
+        cache_itemsize: bytes of a number of keys and values, where it is not that of the queries (8-bit caches).
     """
 
     batch: int
@@ -81,6 +82,7 @@ class Problem:
     prefix: bool = False
     probe_steps: int = 0
     solved: bool = False
+    cache_itemsize: int | None = None
 
     @property
     def scans(self) -> bool:
@@ -234,6 +236,27 @@ def decode_cut(
         launched = min(launched, batch * most_splits)
     fits = row_tiles == 1 and rows_of_head <= _MERGED_BY_THE_LAST and known and batch * heads <= MOST_COUNTERS
     return Cut(rows, row_tiles, slots, least_tiles, launched, (merge or "kernel") if fits else "stage")
+
+
+_MERGES = {
+    "none": "one split of each sequence: nothing to merge",
+    "kernel": "keys are split to fill the device; the program of a head that arrives last merges its states",
+    "stage": "keys are split to fill the device; too many rows for one program to merge",
+}
+
+
+def make_decode_plan(problem: Problem, cut: Cut) -> Plan:
+    """The stages of a decode call, whose keys (``kv_length``) are those that its rows see."""
+    if problem.device == "cpu":
+        return Plan(problem, (*_probe_stages(problem), _forward(problem, "row chunks")))
+    split = replace(
+        _forward(problem, "split keys"), name="decode_split", writes=("out",), reason=f"few rows: {_MERGES[cut.merge]}"
+    )
+    stages = [*_probe_stages(problem), split]
+    if cut.merge == "stage":
+        reason = "states of the splits, in float32: few beside the keys, and not counted"
+        stages.append(Stage("decode_merge", "merge of states", "forward", (0, 0), (), ("out",), reason))
+    return Plan(problem, tuple(stages))
 
 
 def make_plan(problem: Problem) -> Plan:
@@ -480,6 +503,8 @@ def _elements(problem: Problem, name: str) -> int:
 
 
 def _itemsize(problem: Problem, name: str) -> int:
+    if name in ("key", "value") and problem.cache_itemsize is not None:
+        return problem.cache_itemsize
     return max(4, problem.itemsize) if name in _ROWS else problem.itemsize
 
 

@@ -13,7 +13,7 @@ from .ahead_of_time import AheadOfTime, aot, load_aot
 from .attention import AuxOutput, AuxRequest, attention, flex_attention
 from .compiler import parallax_compile
 from .decoding import decode
-from .explanation import Explanation, explain
+from .explanation import Explanation, explain, explain_decode
 from .inspection import Inspection, inspect
 from .lowering.scan import State
 from .recurrent import decode_state, empty_state
@@ -70,6 +70,7 @@ __all__ = [
     "empty_state",
     "errors",
     "explain",
+    "explain_decode",
     "family",
     "flex_attention",
     "inspect",

@@ -136,10 +136,11 @@ def decode(
     if not isinstance(lengths, Tensor):
         lengths = torch.full((batch,), lengths, dtype=torch.int32, device=query.device)
     scales = [_scale(factor, batch, kv_heads) for factor in (k_scale, v_scale)]
+    room = key_cache.numel() != 0 and lowered.capacity_of(key_cache, page_table) != 0
     new_keys = 0
     if key is not None and value is not None:
         new_keys = key.size(2)
-        if key.numel() and value.numel():
+        if key.numel() and value.numel() and room:
             append(key_cache, value_cache, key, value, lengths, page_table, *_apart(scales), CACHE_SALT)
     score_mod = _compose(spec.score_mod, score_mod)
     covariance_mod = _compose(spec.covariance_mod, covariance_mod)
@@ -150,8 +151,7 @@ def decode(
     )
     call = call._replace(request=request)
     cached = _Cached(lengths, new_keys, page_table, *scales)
-    empty = query.numel() == 0 or key_cache.numel() == 0
-    run = _empty if empty else _fused if compiled else _reference
+    run = _empty if query.numel() == 0 or not room else _fused if compiled else _reference
     out, aux = run(call, cached)
     if request.value_mean and aux.value_mean is None:
         softmax = SOFTMAX.replace(mask_mod=spec.mask_mod, bandwidth=spec.bandwidth)

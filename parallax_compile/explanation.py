@@ -12,13 +12,14 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from . import mask_pictures, masks, validation
 from .block_masks import block_kinds, combined_block_mask
+from .cache_validation import check_call
 from .errors import UnsupportedError
-from .lowering.candidates import padded
-from .lowering.plan import EXPECTED_ITERATIONS, Cost, Plan, Problem, Stage, make_plan
+from .lowering.candidates import decode_candidates, padded
+from .lowering.plan import EXPECTED_ITERATIONS, Cost, Plan, Problem, Stage, decode_cut, make_decode_plan, make_plan
 from .lowering.targets import Target, resolve
 from .spec import AttentionSpec, Gradient, Solved
 
-__all__ = ["Explanation", "KernelExplanation", "StageExplanation", "explain"]
+__all__ = ["Explanation", "KernelExplanation", "StageExplanation", "explain", "explain_decode"]
 
 
 @dataclass(frozen=True)
@@ -315,6 +316,75 @@ def _advice(problem: Problem, spec: AttentionSpec, block_mask: BlockMask | None)
     return found
 
 
+def explain_decode(
+    spec: AttentionSpec,
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    probe: Tensor | None = None,
+    *,
+    cache_seqlens: int | None = None,
+    page_table: Tensor | None = None,
+    target: str = "auto",
+) -> Explanation:
+    """The plan of ``decode(query, key_cache, value_cache, probe, spec=spec, ...)``, without running or compiling it.
+
+    Args:
+        spec, query, key_cache, value_cache, probe, page_table: as for :func:`~parallax_compile.decode`; only shapes, dtypes and
+            devices are read.
+        cache_seqlens: keys of each sequence, for the costs; None is the capacity.
+        target: as for :func:`explain`.
+
+    Raises:
+        InputError, InputTypeError, UnsupportedError: as the call itself would.
+    """
+    paged = page_table is not None
+    capacity = key_cache.size(2) if page_table is None else key_cache.size(1) * page_table.size(1)
+    length = capacity if cache_seqlens is None else cache_seqlens
+    check_call(query, key_cache, value_cache, probe, spec, None, None, length, page_table, None, None, None)
+    validation.check_compiled(query, value_cache, spec)
+    resolved = None if target == "cpu" else resolve(target)
+    behind = masks.reach(spec.mask_mod)
+    most_keys = capacity if behind is None else min(capacity, behind + query.size(2))
+    problem = Problem(
+        batch=query.size(0),
+        q_heads=query.size(1),
+        kv_heads=key_cache.size(2 if paged else 1),
+        q_length=query.size(2),
+        kv_length=min(length, most_keys),
+        width=query.size(3),
+        value_width=value_cache.size(3),
+        dtype=str(query.dtype).removeprefix("torch."),
+        itemsize=query.dtype.itemsize,
+        device="cpu" if resolved is None else "cuda",
+        has_probe=spec.probe.kind != "zero",
+        intercept=spec.intercept,
+        score_mod=spec.score_mod is not None,
+        covariance_mod=spec.covariance_mod is not None,
+        mask=spec.mask_mod is not None,
+        uniform=spec.bandwidth.kind == "infinite",
+        probe_steps=_probe_steps(spec),
+        solved=isinstance(spec.probe, Solved),
+        cache_itemsize=key_cache.dtype.itemsize,
+    )
+    sm_count, limit = (1, 1 << 20) if resolved is None else (resolved.sm_count, resolved.shared_memory_per_block)
+    sizes = {"width": problem.width, "value_width": problem.value_width, "itemsize": problem.itemsize}
+    candidate = decode_candidates(
+        rows=16, **sizes, cache_itemsize=key_cache.dtype.itemsize, shared_memory_limit=limit, tma=False, options={}
+    )[0]
+    cut = decode_cut(
+        batch=problem.batch,
+        kv_heads=problem.kv_heads,
+        rows_of_head=problem.q_length * problem.q_heads // problem.kv_heads,
+        most_keys=most_keys,
+        has_probe=problem.has_probe,
+        block_n=candidate.block_n,
+        programs=candidate.programs * sm_count,
+    )
+    plan = make_decode_plan(problem, cut)
+    return Explanation(spec, plan, resolved, tuple(_explain_stage(plan, stage, resolved) for stage in plan.stages))
+
+
 def _probe_steps(spec: AttentionSpec) -> int:
     if isinstance(spec.probe, Solved):
         return EXPECTED_ITERATIONS
@@ -344,6 +414,8 @@ def _explain_stage(plan: Plan, stage: Stage, target: Target | None) -> StageExpl
 def _mask_text(problem: Problem) -> str:
     if not problem.mask:
         return "none"
+    if not problem.block_sparse:
+        return "on every key that is read"
     return f"{problem.visited:.1%} of the blocks visited"
 
 

@@ -97,6 +97,8 @@ def test_no_rows_no_room_no_new_keys() -> None:
     decode = lambda *x, **more: plx.decode(*x, cache_seqlens=torch.tensor([3, 0]), **more)
     assert decode(query[:, :, :0], cache, cache).shape == (2, 4, 0, 8)
     assert not decode(query, cache[:, :, :0], cache[:, :, :0]).any()
+    pages, table = torch.randn(3, 16, 4, 8), torch.empty(2, 0, dtype=torch.int32)
+    assert not decode(query, pages, pages, page_table=table, key=query, value=query).any()
     none = query[:, :, :0]
     assert torch.equal(decode(query, cache, cache, key=none, value=none), decode(query, cache, cache))
     assert torch.equal(plx.decode(query, cache, cache, cache_seqlens=3)[:1], decode(query, cache, cache)[:1])
@@ -287,6 +289,23 @@ def test_how_calls_are_cut() -> None:
     assert decode_cut(**sizes(most_keys=None)).programs == 34
 
 
+def test_the_plan_reads_as_text() -> None:
+    query, cache = torch.empty(8, 32, 1, 128, dtype=torch.bfloat16), torch.empty(8, 8, 8192, 128, dtype=torch.bfloat16)
+    found = plx.explain_decode(plx.PARALLAX, query, cache, cache, query, target="sm_90")
+    (stage,) = found.plan.stages
+    assert (stage.name, stage.algorithm, stage.products) == ("decode_split", "split keys", (2, 2))
+    assert found.stages[0].bound == "memory bandwidth" and 80e-6 < found.stages[0].floor_seconds < 82e-6
+    assert "the program of a head that arrives last merges" in str(found)
+    eight = cache.to(torch.float8_e4m3fn)
+    assert plx.explain_decode(plx.PARALLAX, query, eight, eight, query, target="sm_90").floor_seconds < 42e-6
+    window = plx.PARALLAX.replace(mask_mod=plx.masks.sliding_window(1024))
+    assert plx.explain_decode(window, query, cache, cache, query, target="sm_90").floor_seconds < 12e-6
+    rows = query.expand(-1, -1, 4, -1)
+    names = [stage.name for stage in plx.explain_decode(plx.LLA, rows, cache, cache, target="sm_90").plan.stages]
+    assert names == ["core_solve", "decode_split", "decode_merge"]
+    assert plx.explain_decode(plx.SOFTMAX, query, cache, cache, target="cpu").plan.stages[0].algorithm == "row chunks"
+
+
 @given(
     lengths=st.lists(st.integers(0, 5000), min_size=1, max_size=40),
     programs=st.integers(1, 600),
@@ -297,6 +316,9 @@ def test_there_are_always_programs_enough(lengths: list[int], programs: int, hea
     cut = decode_cut(**sizes(batch=len(lengths), kv_heads=heads, most_keys=5000, programs=programs))
     tiles = [-(-n // 64) for n in lengths]
     share = max(-(-sum(tiles) // cut.slots), cut.least_tiles)
+    wanted = sum(max(-(-n // share), 1) for n in tiles)
+    if wanted > cut.slots:
+        share = -(-share * wanted // cut.slots)
     splits = [max(-(-n // share), 1) for n in tiles]
     assert sum(splits) <= cut.programs
     for n, count in zip(tiles, splits, strict=True):

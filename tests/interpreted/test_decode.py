@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import math
+import re
 from typing import Any
 from unittest import mock
 
@@ -152,6 +155,29 @@ def test_statistics_and_a_solved_probe() -> None:
     assert relative_error(aux.value_mean, expected.value_mean) < 1e-6
     assert relative_error(aux.probe_mean, expected.probe_mean) < 1e-3
     assert aux.iterations.max() > 1
+
+
+def test_caches_of_all_layers_in_one_tensor_are_not_copied() -> None:
+    """Views of one tensor, appended to: their memory is known to nobody by one name, so that a kernel of its own appends."""
+    caches = torch.randn(3, 2, 2, 2, 64, 16)
+    query, probe = torch.randn(2, 2, 4, 1, 16).unbind(0)
+    key, value = torch.randn(2, 2, 2, 1, 16).unbind(0)
+    lengths = torch.tensor([5, 60])
+
+    def step(held: Tensor, *x: Tensor) -> Tensor:
+        q, k, v, r = x
+        layers = [plx.decode(q, *pair, r, key=k, value=v, cache_seqlens=lengths) for pair in (held[0], held[1])]
+        return layers[0] + layers[1]
+
+    mine, exact = caches.clone(), caches.double()
+    compiled = interpreter.interpreted(step)
+    with torch.inference_mode():
+        got = compiled(mine, query, key, value, probe)
+        want = step(exact, *(x.double() for x in (query, key, value, probe)))
+    assert relative_error(got, want) < 1e-6
+    assert torch.equal(mine, exact.float())
+    sizes = re.findall(r"empty_strided_cuda\((\([^)]*\))", compiled.code.graphs[0].wrapper)
+    assert sizes and all(math.prod(ast.literal_eval(size)) < caches[0, 0].numel() for size in sizes)
 
 
 def test_a_page_that_does_not_exist_is_no_fault() -> None:
