@@ -3,8 +3,8 @@
     python benchmarks/tune.py --out lowering/shipped_h100.json [--effort quick] [--only PARALLAX ...]
     python benchmarks/tune.py --out lowering/shipped_h100.json --record benchmarks/results/search-h100-2026-11-24.json
 
-The winners go into a store of their own, and are written after each problem, so that an interrupt loses none. With --record they
-are the fastest of a recorded search; nothing is timed, and no GPU is needed.
+The winners go into a store of their own, and are written after each problem, so that an interrupt loses none. With --record
+they are the fastest of a recorded search; nothing is timed, and no GPU is needed.
 """
 
 from __future__ import annotations
