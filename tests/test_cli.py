@@ -190,14 +190,27 @@ def test_the_store_commands(tmp_path: Path) -> None:
         assert run_json("store", "prune", "--all")["removed"] == 2 and not store.entries()
 
 
-def test_decisions_go_to_the_log(caplog: pytest.LogCaptureFixture) -> None:
+def test_decisions_go_to_the_log_and_to_tlparse(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("triton")
     from parallax_compile.lowering.codegen import generate
+    from torch._logging import _internal
 
+    traced: dict[str, Any] = {}
+
+    def trace(name: str, metadata_fn: Any = dict, *, payload_fn: Any = lambda: None, **options: Any) -> None:
+        about = metadata_fn()
+        if str(about.get("name", "") if isinstance(about, dict) else "").startswith("parallax"):
+            traced[about["name"]] = json.loads(payload_fn())
+
+    monkeypatch.setattr(_internal, "trace_structured", trace)
     inputs = [torch.empty(1, 1, 64, 16, dtype=torch.float16, device="meta") for _ in range(3)]
     with caplog.at_level("INFO", logger="parallax_compile"):
         generate(lambda *tensors: plx.attention(*tensors), inputs, target="sm_90", backward=False)
     assert "one pass keeps no score" in caplog.text
+    artifact = traced["parallax_core_forward_candidate"]
+    assert artifact["question"]["stage"] == "core_forward" and artifact["candidates"] and artifact["why"]
     assert any(f"level {level}" in caplog.text for level in ("heuristic", "shipped"))
 
 
