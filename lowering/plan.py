@@ -248,15 +248,22 @@ _MERGES = {
 def make_decode_plan(problem: Problem, cut: Cut) -> Plan:
     """The stages of a decode call, whose keys (``kv_length``) are those that its rows see."""
     if problem.device == "cpu":
-        return Plan(problem, (*_probe_stages(problem), _forward(problem, "row chunks")))
+        return Plan(problem, (*_probe_in_front(problem), _forward(problem, "row chunks")))
     split = replace(
         _forward(problem, "split keys"), name="decode_split", writes=("out",), reason=f"few rows: {_MERGES[cut.merge]}"
     )
-    stages = [*_probe_stages(problem), split]
+    stages = [*_probe_in_front(problem), split]
     if cut.merge == "stage":
         reason = "states of the splits, in float32: few beside the keys, and not counted"
         stages.append(Stage("decode_merge", "merge of states", "forward", (0, 0), (), ("out",), reason))
     return Plan(problem, tuple(stages))
+
+
+def _probe_in_front(problem: Problem) -> list[Stage]:
+    """The stage that finds the probe where another stage makes the output."""
+    if problem.solved:
+        return _solved(replace(problem, covariance_mod=True, needs_grad=None), "streaming")[:1]
+    return _gradient_steps(problem)
 
 
 def make_plan(problem: Problem) -> Plan:

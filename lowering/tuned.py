@@ -53,6 +53,8 @@ Level = Literal["explored", "kernel_options", "exact", "bucket", "shipped", "heu
 
 _log = logging.getLogger(__name__)
 
+_TABLES_CAPABILITY = "9.0"  # of the GPU that the table of candidates was found on
+
 # Constants of a template that say nothing about which tile is best, or stand elsewhere in the question.
 _NOISE = ("SCALE", "LOG2E", "LN2", "D", "DV", "D_PAD", "DV_PAD", "GQA", "BLOCK_SPARSE", "HAS_FULL_BLOCKS", "HAS_MASK")
 # Switches that move a row or two of numbers: a candidate that was best without them is taken with them.
@@ -145,6 +147,8 @@ class Answer:
             "heuristic": "nothing was tuned for it",
         }
         text = reasons[self.level]
+        if self.level == "heuristic" and self.question.capability != _TABLES_CAPABILITY:
+            text += ", and the table of defaults was found on an H100: untested on this GPU"
         if self.entry is not None:
             result, provenance = self.entry.result, self.entry.provenance
             measured = f"{result['milliseconds']:.3f} ms" if result.get("milliseconds") else "not measured"

@@ -190,23 +190,36 @@ def test_the_store_commands(tmp_path: Path) -> None:
         assert run_json("store", "prune", "--all")["removed"] == 2 and not store.entries()
 
 
-def test_decisions_go_to_the_log(caplog: pytest.LogCaptureFixture) -> None:
+def test_decisions_go_to_the_log_and_to_tlparse(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("triton")
     from parallax_compile.lowering.codegen import generate
+    from torch._logging import _internal
 
+    traced: dict[str, Any] = {}
+
+    def trace(name: str, metadata_fn: Any = dict, *, payload_fn: Any = lambda: None, **options: Any) -> None:
+        about = metadata_fn()
+        if str(about.get("name", "") if isinstance(about, dict) else "").startswith("parallax"):
+            traced[about["name"]] = json.loads(payload_fn())
+
+    monkeypatch.setattr(_internal, "trace_structured", trace)
     inputs = [torch.empty(1, 1, 64, 16, dtype=torch.float16, device="meta") for _ in range(3)]
     with caplog.at_level("INFO", logger="parallax_compile"):
         generate(lambda *tensors: plx.attention(*tensors), inputs, target="sm_90", backward=False)
     assert "one pass keeps no score" in caplog.text
+    artifact = traced["parallax_core_forward_candidate"]
+    assert artifact["question"]["stage"] == "core_forward" and artifact["candidates"] and artifact["why"]
     assert any(f"level {level}" in caplog.text for level in ("heuristic", "shipped"))
 
 
-def test_the_page_of_transcripts_is_what_the_commands_print() -> None:
-    import subprocess
+def test_the_page_of_transcripts_is_what_the_commands_print(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setattr(sys, "argv", ["cli_page.py", "--check"])
+    monkeypatch.setenv("COLUMNS", "110")
+    import cli_page
 
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
-    page = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "cli_page.py"), "--check"],
-        capture_output=True, text=True, check=False, env=environment,
-    )  # fmt: skip
-    assert page.returncode == 0, page.stdout + page.stderr
+    assert cli_page.main() == 0, capsys.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -297,24 +298,31 @@ def test_a_captured_value_does_not_change_the_question_and_a_constant_does(store
     assert questions(torch.zeros(2), 2.0) != questions(torch.zeros(2), 3.0)
 
 
-def test_a_new_winner_makes_torchs_graph_cache_miss(store: Store) -> None:
-    from torch._dynamo.utils import counters
+def test_a_new_winner_changes_what_torchs_caches_key_a_graph_by(store: Store) -> None:
+    def salts() -> set[str]:
+        graphs: list[torch.fx.GraphModule] = []
 
-    def compiled() -> tuple[int, int]:
-        torch.compiler.reset()
-        counters.clear()
-        inputs = [torch.randn(1, 1, 32, 16) for _ in range(4)]
-        with torch.no_grad():
-            torch.compile(lambda *tensors: plx.attention(*tensors), fullgraph=True)(*inputs)
-        return counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"]
+        def record(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+            graphs.append(graph)
+            return graph.forward
 
-    with torch._inductor.config.patch(fx_graph_cache=True), torch._functorch.config.patch(enable_autograd_cache=False):
-        compiled()
-        assert compiled() == (1, 0)
-        salt = cache_key.cache_salt()
-        store.put([entry(1)])
-        assert cache_key.cache_salt() != salt
-        assert compiled() == (0, 1)
+        for spec in (plx.PARALLAX, plx.LINEAR):  # the core's operator and the scan's
+            torch.compiler.reset()
+            inputs = [torch.randn(1, 1, 32, 16) for _ in range(4)]
+            torch.compile(lambda *tensors, spec=spec: plx.attention(*tensors, spec=spec), backend=record)(*inputs)
+        found = set()
+        for graph in graphs:
+            for node in graph.graph.nodes:
+                text = f"{node.args} {node.kwargs}"
+                found.update(re.findall(rf"{cache_key.CACHE_SALT}-\w*", text))
+        assert len(graphs) == 2
+        return found
+
+    (before,) = salts()
+    assert before == f"{cache_key.CACHE_SALT}-"
+    store.put([entry(1)])
+    (after,) = salts()
+    assert after == f"{cache_key.CACHE_SALT}-{store.fingerprint()}" != before
 
 
 def test_the_format_is_named_in_the_file(store: Store) -> None:

@@ -162,6 +162,8 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
         return {"seconds": 0.0, "resources": resources}
 
     monkeypatch.setattr(compile_pool, "compiled", compiled)
+    for effort, count in (("quick", 5), ("normal", 7)):
+        monkeypatch.setitem(EFFORTS, effort, count)
     with tuned.using(Store(tmp_path / "store")) as store:
         yield store
 
@@ -225,7 +227,7 @@ def test_an_interrupt_keeps_what_was_found_and_the_next_run_goes_on(
 ) -> None:
     class Interrupted(MadeUp):
         def sample(self, trial: Trial, repeats: int) -> list[float]:
-            if self.loaded == ["core_forward", "core_backward_query"] and trial.candidate.block_n == 128:
+            if self.loaded == ["core_forward", "core_backward_query"] and trial.candidate.block_m == 128:
                 raise KeyboardInterrupt
             return super().sample(trial, repeats)
 
