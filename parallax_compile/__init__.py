@@ -14,6 +14,7 @@ from .compiler import parallax_compile
 from .explanation import Explanation, explain
 from .inspection import Inspection, inspect
 from .lowering.scan import State
+from .portable import MlirInspection, export_mlir
 from .spec import (
     AFFINE_LINEAR,
     AFFINE_MESA,
@@ -53,12 +54,14 @@ __all__ = [
     "Infinite",
     "Inspection",
     "Learned",
+    "MlirInspection",
     "Solved",
     "State",
     "Zero",
     "attention",
     "errors",
     "explain",
+    "export_mlir",
     "family",
     "flex_attention",
     "inspect",

@@ -54,6 +54,21 @@ def block_kinds(block_mask: BlockMask) -> Tensor:
     return kinds
 
 
+def as_mask_mod(mask_mod: MaskMod | None, block_mask: BlockMask | None) -> MaskMod | None:
+    """The masks of a call, the spec's and the block mask with its lists of blocks, as one ``mask_mod``; None allows all."""
+    if block_mask is None:
+        return mask_mod
+    kinds, sizes, given = block_kinds(block_mask), block_mask.BLOCK_SIZE, block_mask.mask_mod
+    batches, heads = kinds.shape[:2]
+
+    def combined(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        kind = kinds[b if batches > 1 else 0, h if heads > 1 else 0, q_idx // sizes[0], kv_idx // sizes[1]]
+        keep = (kind == FULL) | ((kind == PARTIAL) & given(b, h, q_idx, kv_idx))
+        return keep if mask_mod is None else keep & mask_mod(b, h, q_idx, kv_idx)
+
+    return combined
+
+
 def _listed(counts: Tensor, indices: Tensor) -> Tensor:
     """1 where a block stands in its row's list, 0 elsewhere."""
     columns = indices.size(-1)

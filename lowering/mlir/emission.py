@@ -1,0 +1,273 @@
+"""From torch code to a dialect of MLIR: traced, checked for what the importer gets wrong or lacks, imported by torch-mlir."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ...errors import InputError, InputTypeError, UnsupportedError
+from . import opaque, toolchain
+
+__all__ = ["DIALECTS", "check_dialect", "check_graph", "emit_exported", "emit_graph", "example", "trace"]
+
+DIALECTS: Mapping[str, str] = {"linalg": "linalg-on-tensors", "torch": "torch", "stablehlo": "stablehlo"}
+"""Our name of a dialect -> torch-mlir's."""
+
+MAX_LENGTH = 1 << 30
+
+_UNROLL = "Unroll it for a fixed number of steps before export."
+_FIXED = "plx.attention solves its own systems in a fixed number of steps; solve yours in matrix products, as it does."
+# What a graph may not hold: the start of the operator's name -> (why, the way round).
+_REFUSED: Mapping[str, tuple[str, str]] = {
+    "while_loop": ("torch-mlir drops the condition of a while_loop, so that it runs a wrong number of steps", _UNROLL),
+    "scan": ("torch-mlir has no import for scan", _UNROLL),
+    "associative_scan": ("torch-mlir has no import for associative_scan", _UNROLL),
+    "map_impl": ("torch-mlir has no import for map", _UNROLL),
+    "cond": ("torch-mlir has no import for cond", "Compute both branches and choose by torch.where."),
+    "flex_attention": (
+        "torch-mlir imports flex_attention without its block mask",
+        "Call plx.flex_attention, which is traced as plain operations.",
+    ),
+    "parallax_attention": (
+        "strict export keeps the operator of the compiled path, which torch-mlir does not know",
+        "Give the module to plx.export_mlir, or export with strict=False.",
+    ),
+    **{
+        name: (f"no dialect has a lowering of {name}", _FIXED)
+        for name in (
+            "_linalg_solve_ex", "linalg_solve", "linalg_inv", "linalg_cholesky", "cholesky", "linalg_lu", "linalg_ldl",
+            "linalg_eig", "_linalg_eigh", "_linalg_svd", "linalg_qr", "linalg_solve_triangular", "triangular_solve",
+            "linalg_lstsq", "_linalg_det", "_linalg_slogdet", "linalg_pinv", "linalg_householder",
+        )
+    },
+}  # fmt: skip
+_DTYPES = (
+    torch.bfloat16, torch.float16, torch.float32, torch.float64,
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+)  # fmt: skip
+
+
+def check_dialect(dialect: Any) -> str:
+    """``dialect``, one of :data:`DIALECTS`."""
+    if not isinstance(dialect, str):
+        raise InputTypeError(f"dialect must be a string, but got {type(dialect).__name__}.")
+    if dialect not in DIALECTS:
+        raise InputError(f"dialect must be one of {', '.join(DIALECTS)}, but got {dialect!r}.")
+    return dialect
+
+
+# --- tracing --------------------------------------------------------------------------------------------------------
+
+
+class _Identity(torch.nn.Module):
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor * 1 for tensor in tensors)
+
+
+def example(tensors: Sequence[Tensor], symbols: Sequence[Mapping[int, str]]) -> list[Tensor]:
+    """Fake tensors without data; the dimensions that are named are symbols, equal names equal symbols.
+
+    Args:
+        tensors: for shapes and dtypes.
+        symbols: dimension -> name, for each tensor.
+    """
+    dims = {
+        name: torch.export.Dim(name, min=2, max=MAX_LENGTH)
+        for name in sorted({name for named in symbols for name in named.values()})
+    }
+    hints = {name: 37 + 4 * number for number, name in enumerate(dims)}  # sizes that nothing else has
+    shapes = [
+        [hints[named[dim]] if dim in named else size for dim, size in enumerate(tensor.shape)]
+        for tensor, named in zip(tensors, symbols, strict=True)
+    ]
+    fakes = [torch.empty(shape, dtype=tensor.dtype) for tensor, shape in zip(tensors, shapes, strict=True)]
+    named = tuple({dim: dims[name] for dim, name in of.items()} or None for of in symbols)
+    program = torch.export.export(_Identity(), tuple(fakes), dynamic_shapes=(named,), strict=False)
+    return [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
+
+
+def trace(function: Callable[..., Any], fakes: Sequence[Tensor]) -> fx.GraphModule:
+    """``function`` of the fake tensors of :func:`example` as a graph of core operators.
+
+    Raises:
+        InputError: something in it fixes a length that is to be dynamic.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    dynamic = any(isinstance(size, torch.SymInt) for fake in fakes for size in fake.shape)
+    mode: Any = "symbolic" if dynamic else "fake"
+    graph = make_fx(function, tracing_mode=mode, decomposition_table=_decompositions())(*fakes)
+    for fake in fakes:
+        for dim, size in enumerate(fake.shape):
+            if isinstance(size, torch.SymInt) and str(size).isdigit():
+                raise InputError(
+                    f"dimension {dim} was to be dynamic, but a mod or mask fixes it at {size}. "
+                    "Leave the length open there, or emit for static lengths."
+                )
+    graph.graph.eliminate_dead_code()
+    return graph
+
+
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    from torch_mlir.extras.fx_decomp_util import get_decomposition_table
+
+    exact_tanh = {torch.ops.parallax_compile.tanh_approx.default: torch.tanh}
+    return {**get_decomposition_table(), **exact_tanh}
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+def check_graph(module: torch.nn.Module) -> None:
+    """Refuse graphs that torch-mlir would import wrongly or not at all, subgraphs included.
+
+    Raises:
+        UnsupportedError: an operator of :data:`_REFUSED`, or a dtype without a lowering; the message has the way round.
+    """
+    for node in _nodes(module):
+        if node.op == "call_function":
+            name = _operator_name(node.target)
+            for start, (reason, way) in _REFUSED.items():
+                if name == start or name.startswith((f"{start}_", f"{start}.")):
+                    raise UnsupportedError(f"the graph has {name}: {reason}. {way}")
+        for value in _tensors(node.meta.get("val")):
+            if value.dtype not in _DTYPES:
+                raise UnsupportedError(
+                    f"the graph has a tensor of {value.dtype} ({node.name}), which is not lowered. "
+                    "Compute in bfloat16, float16, float32 or float64; real and imaginary parts apart."
+                )
+
+
+def _nodes(module: torch.nn.Module) -> Iterator[fx.Node]:
+    for part in module.modules():
+        if isinstance(part, fx.GraphModule):
+            yield from part.graph.nodes
+
+
+def _operator_name(target: Any) -> str:
+    """``aten.linalg_inv_ex.default`` -> ``linalg_inv_ex``; a higher-order operator's own name."""
+    packet = getattr(target, "overloadpacket", target)
+    return str(getattr(packet, "__name__", packet))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _tensors(part)
+
+
+# --- import ---------------------------------------------------------------------------------------------------------
+
+
+def emit_graph(graph: fx.GraphModule, dialect: str, name: str) -> str:
+    """The graph as a module of ``dialect`` with one function ``name``; tensors that it captures become literals."""
+    check_graph(graph)
+    importer = _importer(dialect)
+    importer.import_stateless_graph(graph.graph, func_name=name)
+    return _lowered(importer.module, dialect)
+
+
+def emit_exported(program: torch.export.ExportedProgram, dialect: str, name: str) -> str:
+    """The same of an exported program; parameters and buffers become literals."""
+    check_graph(program.graph_module)
+    program = program.run_decompositions(_decompositions())
+    check_graph(program.graph_module)
+    importer = _importer(dialect)
+    importer.import_frozen_program(program, func_name=name)
+    return _lowered(importer.module, dialect)
+
+
+def _importer(dialect: str) -> Any:
+    toolchain.require(toolchain.IMPORTER)
+    from torch_mlir import ir
+    from torch_mlir.dialects import torch as torch_dialect
+    from torch_mlir.extras.fx_importer import FxImporter
+
+    context = ir.Context()
+    torch_dialect.register_dialect(context)
+    if dialect == "torch":
+        return FxImporter(context=context)
+    from .opaque_calls import CallImporter
+
+    return FxImporter(context=context, graph_node_importer_cls=CallImporter)
+
+
+def _lowered(module: Any, dialect: str) -> str:
+    kept = ",".join(f"torch.{name}" for name in opaque.NAMES)
+    with _kept_operators() as library:
+        options = f"{{backend-legal-ops={kept} extra-library={library}}}"
+        _run(module, f"builtin.module(torchdynamo-export-to-torch-backend-pipeline{options})", dialect)
+    if dialect != "torch":
+        passes = f"builtin.module(torch-backend-to-{DIALECTS[dialect]}-backend-pipeline)"
+        if opaque.CALLEE in str(module):
+            _run(module, passes, dialect, tolerate_calls=True)
+            if dialect == "stablehlo":
+                from .opaque_calls import as_custom_calls
+
+                as_custom_calls(module)
+                _run(module, passes, dialect)
+        else:
+            _run(module, passes, dialect)
+    text = str(module)
+    left = None if dialect == "torch" else re.search(r"\b(?:torch\.(?!constant)|chlo\.)[\w.]+", text)
+    if left is not None:
+        raise UnsupportedError(f"torch-mlir does not lower the graph to {dialect}: {left[0]} is left over.")
+    return text
+
+
+_LEFT_OUT = (
+    r",torch-verify-[a-z-]*-backend-contract"
+    r"|,func\.func\((?:chlo|stablehlo)-[a-z-]*(?:\{[^}]*\})?\)"
+    r"|,stablehlo-[a-z-]*"
+)
+
+
+def _run(module: Any, pipeline: str, dialect: str, *, tolerate_calls: bool = False) -> None:
+    """Run passes on the module; what they complain about is the error's text, not the terminal's."""
+    from torch_mlir import ir
+    from torch_mlir.passmanager import PassManager
+
+    said: list[str] = []
+
+    def listen(diagnostic: Any) -> bool:
+        said.append(str(diagnostic.message))
+        return True
+
+    with module.context as context:
+        passes = PassManager.parse(pipeline)
+        if tolerate_calls:
+            # A verification refuses calls. Passes of StableHLO, which tidy up, cannot be named in a list: they run later.
+            passes = PassManager.parse(re.sub(_LEFT_OUT, "", str(passes)))
+        handler = context.attach_diagnostic_handler(listen)
+        try:
+            passes.run(module.operation)
+        except ir.MLIRError as error:
+            said += [str(diagnostic.message) for diagnostic in error.error_diagnostics]
+            raise UnsupportedError(f"torch-mlir does not lower the graph to {dialect}: {_reason(said)}") from None
+        finally:
+            handler.detach()
+
+
+def _reason(said: Sequence[str]) -> str:
+    return said[0][:400] if said else "it gave no reason"
+
+
+@contextlib.contextmanager
+def _kept_operators() -> Iterator[str]:
+    """A library in torch-mlir's form, which says that our opaque operators are functions of values."""
+    functions = "\n".join(
+        f"  func.func @__torch_mlir_has_value_semantics_fn.torch.{n}() {{ return }}" for n in opaque.NAMES
+    )
+    with tempfile.TemporaryDirectory(prefix="parallax-mlir-") as folder:
+        path = Path(folder, "operators.mlir")
+        path.write_text(f"module {{\n{functions}\n}}\n", encoding="utf-8")
+        yield str(path)
