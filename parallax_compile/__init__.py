@@ -14,7 +14,7 @@ from .compiler import parallax_compile
 from .explanation import Explanation, explain
 from .inspection import Inspection, inspect
 from .lowering.scan import State
-from .portable import MlirInspection, export_mlir
+from .portable import MlirInspection, PortableArtifact, compile_portable, export_mlir
 from .spec import (
     AFFINE_LINEAR,
     AFFINE_MESA,
@@ -55,10 +55,12 @@ __all__ = [
     "Inspection",
     "Learned",
     "MlirInspection",
+    "PortableArtifact",
     "Solved",
     "State",
     "Zero",
     "attention",
+    "compile_portable",
     "errors",
     "explain",
     "export_mlir",

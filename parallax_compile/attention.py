@@ -299,6 +299,9 @@ def _portable(call: _Call) -> tuple[Tensor, AuxOutput]:
         return found.out, AuxOutput(found.lse, None, *found[2:])
     if any(request):
         raise UnsupportedError(f'the {form.name} form has no auxiliary outputs. Emit the call with form="dense".')
+    if form.name == "declared":
+        form.handed_over.append(declared)
+        return call.query.new_empty((*call.query.shape[:3], call.value.size(3))), AuxOutput()
     if form.name == "opaque":
         return opaque.attention(declared, own_mods=call.own_mods), AuxOutput()
     return programs.blockwise(declared, form.block_size), AuxOutput()

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from . import masks
-from .errors import InputTypeError
-from .lowering.torch_compat import raise_input, result_problem
+from .errors import InputTypeError, UnsupportedError
+from .lowering.torch_compat import outside_of_tracing, raise_input, result_problem
 from .masks import LibraryMask, MaskMod
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
@@ -58,7 +58,14 @@ def as_mask_mod(mask_mod: MaskMod | None, block_mask: BlockMask | None) -> MaskM
     """The masks of a call, the spec's and the block mask with its lists of blocks, as one ``mask_mod``; None allows all."""
     if block_mask is None:
         return mask_mod
-    kinds, sizes, given = block_kinds(block_mask), block_mask.BLOCK_SIZE, block_mask.mask_mod
+    if type(block_mask.kv_indices) is not Tensor:
+        raise UnsupportedError(
+            "a block_mask that is made while the call is traced is not traced for MLIR. "
+            "Make it before, or put the mask into the spec (mask_mod=)."
+        )
+    with outside_of_tracing():
+        kinds = block_kinds(block_mask).to(torch.int64)  # torch-mlir compares narrower ones with wider constants, and fails
+    sizes, given = block_mask.BLOCK_SIZE, block_mask.mask_mod
     batches, heads = kinds.shape[:2]
 
     def combined(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
