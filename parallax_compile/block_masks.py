@@ -64,7 +64,7 @@ def as_mask_mod(mask_mod: MaskMod | None, block_mask: BlockMask | None) -> MaskM
             "Make it before, or put the mask into the spec (mask_mod=)."
         )
     with outside_of_tracing():
-        kinds = block_kinds(block_mask).to(torch.int64)  # torch-mlir compares narrower ones with wider constants, and fails
+        kinds = block_kinds(block_mask)
     sizes, given = block_mask.BLOCK_SIZE, block_mask.mask_mod
     batches, heads = kinds.shape[:2]
 

@@ -118,8 +118,23 @@ def trace(function: Callable[..., Any], fakes: Sequence[Tensor]) -> fx.GraphModu
 def _decompositions() -> dict[Any, Callable[..., Any]]:
     from torch_mlir.extras.fx_decomp_util import get_decomposition_table
 
-    exact_tanh = {torch.ops.parallax_compile.tanh_approx.default: torch.tanh}
-    return {**get_decomposition_table(), **exact_tanh}
+    ours = {
+        torch.ops.parallax_compile.tanh_approx.default: torch.tanh,
+        torch.ops.aten.index.Tensor: _index_by_int64,
+    }
+    return {**get_decomposition_table(), **ours}
+
+
+def _index_by_int64(tensor: Tensor, indices: Sequence[Tensor | None]) -> Any:
+    """torch-mlir lowers ``aten.index`` by 64-bit integers only."""
+    narrow = [index is not None and index.dtype == torch.int32 for index in indices]
+    if not any(narrow):
+        return NotImplemented
+    wide = [
+        index.to(torch.int64) if index is not None and is_narrow else index
+        for index, is_narrow in zip(indices, narrow, strict=True)
+    ]
+    return torch.ops.aten.index.Tensor(tensor, wide)
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------

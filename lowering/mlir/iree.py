@@ -15,7 +15,7 @@ from .toolchain import Limits, run_tool
 __all__ = ["Loaded", "compile_module"]
 
 _FLAGS = (
-    "--iree-input-demote-f64-to-f32=false",  # float64 stays float64
+    "--iree-input-demote-f64-to-f32=false",  # float64 stays float64 (a target may say otherwise)
     "--iree-opt-const-eval=false",  # no constant is computed by the compiler's own machine
 )
 # Extensions of what IREE leaves on its way -> what they are called here.
@@ -39,7 +39,7 @@ def compile_module(source: Path, target: PortableTarget, limits: Limits) -> tupl
     dumped.mkdir()
     run_tool(
         "iree-compile",
-        [source, "-o", result, *target.flags, *_FLAGS, f"--iree-hal-dump-executable-files-to={dumped}"],
+        [source, "-o", result, *_flags(target), f"--iree-hal-dump-executable-files-to={dumped}"],
         limits,
     )
     texts = {}
@@ -47,6 +47,12 @@ def compile_module(source: Path, target: PortableTarget, limits: Limits) -> tupl
         if path.suffix in _READABLE or (path.suffix == ".mlir" and path.name.startswith("configured_")):
             texts[path.name] = path.read_text(encoding="utf-8", errors="replace")
     return result.read_bytes(), texts
+
+
+def _flags(target: PortableTarget) -> list[str]:
+    """Ours, where the target has no other value for them, and the target's."""
+    named = {flag.partition("=")[0] for flag in target.flags}
+    return [*(flag for flag in _FLAGS if flag.partition("=")[0] not in named), *target.flags]
 
 
 class Loaded:

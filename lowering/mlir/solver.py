@@ -17,20 +17,19 @@ __all__ = ["inverse", "refined", "solve"]
 def inverse(matrix: Tensor) -> Tensor:
     """The inverse of symmetric positive definite matrices ``[..., D, D]`` by ``D`` sweeps (Gauss-Jordan in place).
 
+    Each sweep is on the first row and column, which then move to the end, so that all steps are the same program: IREE
+    compiles it once, whatever ``D``.
+
     Source: Goodnight, "A Tutorial on the SWEEP Operator", The American Statistician 33 (1979).
     """
     width = matrix.size(-1)
-    position = torch.arange(width, dtype=torch.int32, device=matrix.device)
-    for step in range(width):
-        chosen = position == step
-        unit = chosen.to(matrix.dtype)
-        row, column = matrix[..., step, :], matrix[..., :, step]
-        scale = 1.0 / row[..., step : step + 1]
-        row = torch.where(chosen, scale, row * scale)
-        # The chosen row becomes `row` itself: 0 - (0 - 1) * row.
-        column = torch.where(chosen, -unit, column)
-        rest = torch.where(chosen[:, None] | chosen, 0.0, matrix)
-        matrix = rest - column[..., :, None] * row[..., None, :]
+    if width == 1:
+        return 1.0 / matrix
+    for _ in range(width):
+        scale = 1.0 / matrix[..., :1, :1]
+        row, column, rest = matrix[..., :1, 1:] * scale, matrix[..., 1:, :1], matrix[..., 1:, 1:]
+        upper = torch.cat([rest - column * row, -column * scale], -1)
+        matrix = torch.cat([upper, torch.cat([row, scale], -1)], -2)
     return matrix
 
 

@@ -52,8 +52,20 @@ def _cuda(arch: str, product: str) -> PortableTarget:
     return PortableTarget(f"cuda:{arch}", product, ("--iree-hal-target-device=cuda", f"--iree-cuda-target={arch}"))
 
 
+def _spirv(name: str, product: str, *flags: str, refused: Mapping[torch.dtype, str]) -> PortableTarget:
+    # Shaders have no float64; what torch-mlir leaves of it in a float32 call are constants.
+    demoted = "--iree-input-demote-f64-to-f32=true"
+    refused = {torch.float64: "it has no float64. Compile for cpu, rocm or cuda", **refused}
+    return PortableTarget(name, product, (f"--iree-hal-target-device={name.partition(':')[0]}", *flags, demoted), refused=refused)
+
+
+def _vulkan(chip: str, product: str) -> PortableTarget:
+    return _spirv(f"vulkan:{chip}", product, f"--iree-vulkan-target={chip}", refused=_NO_BFLOAT16)
+
+
+_NO_BFLOAT16 = {torch.bfloat16: "IREE 3.13 does not translate bfloat16 to SPIR-V. Take float16 or float32"}
+_NO_16_BITS = {torch.float16: "the baseline has no float16. Take float32, or name a GPU (vulkan:rdna3)", **_NO_BFLOAT16}
 _RISCV = ("--iree-llvmcpu-target-abi=lp64d", "--iree-llvmcpu-target-cpu-features=+m,+a,+f,+d,+c")
-_METAL = ("--iree-hal-target-device=metal", "--iree-metal-compile-to-metallib=false")
 
 _TARGETS = (
     _cpu("cpu", "this machine's CPU", None, "host"),
@@ -65,8 +77,11 @@ _TARGETS = (
     _hip("gfx950", "AMD Instinct MI350"),
     _hip("gfx1100", "AMD Radeon RX 7900"),
     _hip("gfx1201", "AMD Radeon RX 9070"),
-    PortableTarget("vulkan", "Vulkan 1.1, the Android baseline of 2022", ("--iree-hal-target-device=vulkan",)),
-    PortableTarget("metal", "Apple GPUs, as Metal source", _METAL),
+    _spirv("vulkan", "Vulkan 1.1, the Android baseline of 2022", refused=_NO_16_BITS),
+    _vulkan("rdna3", "AMD RDNA3 through Vulkan"),
+    _vulkan("ampere", "NVIDIA Ampere through Vulkan"),
+    _vulkan("valhall4", "Arm Mali Valhall through Vulkan"),
+    _spirv("metal", "Apple GPUs, as Metal source", "--iree-metal-compile-to-metallib=false", refused=_NO_BFLOAT16),
     _cuda("sm_60", "NVIDIA P100"),
     _cuda("sm_70", "NVIDIA V100"),
     _cuda("sm_75", "NVIDIA T4"),
