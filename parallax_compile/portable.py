@@ -225,9 +225,8 @@ class _Traced:
         symbols = [*_symbols(len(tensors), dynamic), *_symbols(1, dynamic)]
         with forms.tracing(form):
             graph = emission.trace(both, emission.example([*tensors, grad], symbols))
-        trainable = [
-            name for name, tensor in vars(graph).items() if isinstance(tensor, Tensor) and tensor.requires_grad
-        ]
+        captured = [getattr(graph, str(node.target)) for node in graph.graph.nodes if node.op == "get_attr"]
+        trainable = any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in captured)
         if trainable:
             raise UnsupportedError(
                 "a mod captures a tensor that requires a gradient, which @attention_backward does not return. "

@@ -120,9 +120,19 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
 
     ours = {
         torch.ops.parallax_compile.tanh_approx.default: torch.tanh,
+        torch.ops.aten.tanh.default: _tanh,
         torch.ops.aten.index.Tensor: _index_by_int64,
     }
     return {**get_decomposition_table(), **ours}
+
+
+def _tanh(x: Tensor) -> Any:
+    """IREE has no tanh of float64: ``-t / (t + 2)`` with ``t = e^(-2|x|) - 1``, and the sign of ``x``."""
+    if x.dtype != torch.float64:
+        return NotImplemented
+    t = torch.expm1(-2.0 * x.abs())
+    below = t / (t + 2.0)
+    return torch.where(x < 0, below, -below)
 
 
 def _index_by_int64(tensor: Tensor, indices: Sequence[Tensor | None]) -> Any:

@@ -7,6 +7,7 @@ operand is cast to what torch would compute in. A tensor that a mod captures is 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -248,6 +249,11 @@ class Body:
             raise UnfitError(f"{name} of integers is not known here")
         x, kind = self.cast(args[0], dtype), mlir_type(dtype)
         one = lambda: self.constant(1, dtype)  # noqa: E731
+        if dtype == torch.float64 and name in ("tanh", "tanh_approx"):
+            return self._wide_tanh(x)
+        if dtype == torch.float64 and name == "log2":
+            natural = self.emit(f"math.log {x.name} : f64", dtype)
+            return self.binary("mulf", natural, self.constant(math.log2(math.e), dtype))
         if name in _UNARY:
             return self.emit(f"{_UNARY[name]} {x.name} : {kind}", dtype)
         if name == "neg":
@@ -271,6 +277,15 @@ class Body:
                 x = self.binary("maximumf", x, self.cast(low, dtype))
             return x if high is None else self.binary("minimumf", x, self.cast(high, dtype))
         raise UnfitError(f"{name} is not known here")
+
+    def _wide_tanh(self, x: Scalar) -> Scalar:
+        """Tanh of a float64, for which IREE has no code: ``-t / (t + 2)`` with ``t = e^(-2|x|) - 1``, and the sign of ``x``."""
+        size = self.emit(f"math.absf {x.name} : f64", x.dtype)
+        twice = self.binary("mulf", size, self.constant(-2, x.dtype))
+        t = self.emit(f"math.expm1 {twice.name} : f64", x.dtype)
+        below = self.binary("divf", t, self.binary("addf", t, self.constant(2, x.dtype)))
+        above = self.emit(f"arith.negf {below.name} : f64", x.dtype)
+        return self.select(self._compare("lt", x, self.constant(0, x.dtype)), below, above)
 
     def _value(self, value: Any, dtype: torch.dtype | None) -> Any:
         """A scalar: itself, a number of Python's (of a kind that does not widen ``dtype``), or a captured 0-dim tensor."""

@@ -56,7 +56,9 @@ def _spirv(name: str, product: str, *flags: str, refused: Mapping[torch.dtype, s
     # Shaders have no float64; what torch-mlir leaves of it in a float32 call are constants.
     demoted = "--iree-input-demote-f64-to-f32=true"
     refused = {torch.float64: "it has no float64. Compile for cpu, rocm or cuda", **refused}
-    return PortableTarget(name, product, (f"--iree-hal-target-device={name.partition(':')[0]}", *flags, demoted), refused=refused)
+    return PortableTarget(
+        name, product, (f"--iree-hal-target-device={name.partition(':')[0]}", *flags, demoted), refused=refused
+    )
 
 
 def _vulkan(chip: str, product: str) -> PortableTarget:
