@@ -149,6 +149,42 @@ def test_an_opaque_call_stays_whole_in_every_dialect() -> None:
         plx.inspect(spec, *tensors(), emit="mlir", opaque=True, score_mod=plx.mods.alibi(4))
 
 
+@needs_iree
+def test_the_streaming_form_is_one_loop_in_which_no_tensor_has_both_lengths() -> None:
+    spec = plx.PARALLAX.replace(mask_mod=CAUSAL)
+    found = plx.inspect(spec, *tensors(), emit="mlir", form="streaming", block_size=16)
+    text = found.modules["forward"]
+    assert found.forms == {"forward": "streaming", "backward": "blockwise"} and not found.notes
+    assert text.count("scf.for") == 1 and "iree_linalg_ext" not in text
+    carried = re.search(r"iter_args\((.*?)\) -> \((.*?)\) \{", text)
+    assert carried is not None
+    row, wide = "tensor<1x2x2x21xf32>", "tensor<1x2x2x21x5xf32>"
+    assert carried[2] == ", ".join([row, row, row, wide, wide]), "m, d1, d2, O1, O2"
+    assert not re.search(r"x21x26x|x26x21x", text)
+    ordered = re.findall(r'stage = "(\w+)"', text)
+    assert ordered == [
+        "score_products_zero", "score_products", "scores", "probe_products_zero", "probe_products", "probe_scores", "output",
+    ]  # fmt: skip
+    softmax = plx.inspect(
+        plx.SOFTMAX, *tensors(probe=False), emit="mlir", form="streaming", dynamic=True, backward=False
+    )
+    assert softmax.modules["forward"].count("linalg.generic") < text.count("linalg.generic"), "parts are left out"
+
+
+@needs_iree
+def test_what_does_not_fit_into_a_loop_falls_back_and_says_why() -> None:
+    call = {
+        "emit": "mlir",
+        "form": "streaming",
+        "backward": False,
+        "score_mod": lambda s, b, h, q, k: s * torch.sign(s),
+    }
+    for dynamic, form in ((False, "blockwise"), (True, "dense")):
+        found = plx.inspect(plx.PARALLAX, *tensors(), dynamic=dynamic, **call)  # type: ignore[arg-type]
+        assert found.forms == {"forward": form}
+        assert "sign is not known" in found.notes[0]
+
+
 # --- run by IREE ----------------------------------------------------------------------------------------------------
 
 
