@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -227,28 +226,44 @@ def _importer(dialect: str) -> Any:
 
 
 def _lowered(module: Any, dialect: str) -> str:
-    kept = ",".join(f"torch.{name}" for name in opaque.NAMES)
-    with _kept_operators() as library:
-        options = f"{{backend-legal-ops={kept} extra-library={library}}}"
-        _run(module, f"builtin.module(torchdynamo-export-to-torch-backend-pipeline{options})", dialect)
-    if dialect != "torch":
-        passes = f"builtin.module(torch-backend-to-{DIALECTS[dialect]}-backend-pipeline)"
-        if opaque.CALLEE in str(module):
-            _run(module, passes, dialect, tolerate_calls=True)
-            if dialect == "stablehlo":
-                from .opaque_calls import as_custom_calls
-
-                as_custom_calls(module)
-                _run(module, passes, dialect)
-        else:
-            _run(module, passes, dialect)
+    """The imported module in ``dialect``: torch-mlir's passes, in a process of their own, because they can crash."""
     text = str(module)
+    kept = ",".join(f"torch.{name}" for name in opaque.NAMES)
+    with tempfile.TemporaryDirectory(prefix="parallax-mlir-") as folder:
+        library = Path(folder, "operators.mlir")
+        library.write_text(_VALUE_SEMANTICS, encoding="utf-8")
+        options = f"{{backend-legal-ops={kept} extra-library={library}}}"
+        text = _run(
+            text, f"builtin.module(torchdynamo-export-to-torch-backend-pipeline{options})", dialect, Path(folder)
+        )
+        if dialect != "torch":
+            passes = f"builtin.module(torch-backend-to-{DIALECTS[dialect]}-backend-pipeline)"
+            if opaque.CALLEE in text:
+                text = _run(text, _tolerant(passes), dialect, Path(folder))
+                if dialect == "stablehlo":
+                    text = _run(opaque.as_custom_calls(text), passes, dialect, Path(folder))
+            else:
+                text = _run(text, passes, dialect, Path(folder))
     left = None if dialect == "torch" else re.search(r"\b(?:torch\.(?!constant)|chlo\.)[\w.]+", text)
     if left is not None:
         raise UnsupportedError(f"torch-mlir does not lower the graph to {dialect}: {left[0]} is left over.")
     return text
 
 
+def _run(text: str, passes: str, dialect: str, folder: Path) -> str:
+    source, result = folder / "source.mlir", folder / "result.mlir"
+    source.write_text(text, encoding="utf-8")
+    try:
+        toolchain.run_tool("torch-mlir-opt", [source, f"--pass-pipeline={passes}", "-o", result], toolchain.Limits())
+    except toolchain.ToolError as error:
+        raise UnsupportedError(f"torch-mlir does not lower the graph to {dialect}: {error}") from None
+    return result.read_text(encoding="utf-8")
+
+
+# A library in torch-mlir's form, which says that our opaque operators are functions of values.
+_VALUE_SEMANTICS = "module {{\n{}\n}}\n".format(
+    "\n".join(f"  func.func @__torch_mlir_has_value_semantics_fn.torch.{n}() {{ return }}" for n in opaque.NAMES)
+)
 _LEFT_OUT = (
     r",torch-verify-[a-z-]*-backend-contract"
     r"|,func\.func\((?:chlo|stablehlo)-[a-z-]*(?:\{[^}]*\})?\)"
@@ -256,43 +271,10 @@ _LEFT_OUT = (
 )
 
 
-def _run(module: Any, pipeline: str, dialect: str, *, tolerate_calls: bool = False) -> None:
-    """Run passes on the module; what they complain about is the error's text, not the terminal's."""
+def _tolerant(pipeline: str) -> str:
+    """A pipeline without its verification, which refuses calls; and without StableHLO's own passes, which cannot be named."""
     from torch_mlir import ir
     from torch_mlir.passmanager import PassManager
 
-    said: list[str] = []
-
-    def listen(diagnostic: Any) -> bool:
-        said.append(str(diagnostic.message))
-        return True
-
-    with module.context as context:
-        passes = PassManager.parse(pipeline)
-        if tolerate_calls:
-            # A verification refuses calls. Passes of StableHLO, which tidy up, cannot be named in a list: they run later.
-            passes = PassManager.parse(re.sub(_LEFT_OUT, "", str(passes)))
-        handler = context.attach_diagnostic_handler(listen)
-        try:
-            passes.run(module.operation)
-        except ir.MLIRError as error:
-            said += [str(diagnostic.message) for diagnostic in error.error_diagnostics]
-            raise UnsupportedError(f"torch-mlir does not lower the graph to {dialect}: {_reason(said)}") from None
-        finally:
-            handler.detach()
-
-
-def _reason(said: Sequence[str]) -> str:
-    return said[0][:400] if said else "it gave no reason"
-
-
-@contextlib.contextmanager
-def _kept_operators() -> Iterator[str]:
-    """A library in torch-mlir's form, which says that our opaque operators are functions of values."""
-    functions = "\n".join(
-        f"  func.func @__torch_mlir_has_value_semantics_fn.torch.{n}() {{ return }}" for n in opaque.NAMES
-    )
-    with tempfile.TemporaryDirectory(prefix="parallax-mlir-") as folder:
-        path = Path(folder, "operators.mlir")
-        path.write_text(f"module {{\n{functions}\n}}\n", encoding="utf-8")
-        yield str(path)
+    with ir.Context():
+        return re.sub(_LEFT_OUT, "", str(PassManager.parse(pipeline)))

@@ -7,6 +7,7 @@ canonical JSON, so that whoever lowers the operator needs nothing else. Outside 
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ...errors import UnsupportedError
 from ...spec import AttentionSpec
 from .programs import Declared, dense
 
-__all__ = ["CALLEE", "NAMES", "attention", "register"]
+__all__ = ["CALLEE", "NAMES", "as_custom_calls", "attention", "register"]
 
 NAMES = ("parallax_compile.attention", "parallax_compile.attention_backward")
 CALLEE = "@parallax_compile_attention"
@@ -98,3 +99,25 @@ def register() -> Any:
 
     forward.register_autograd(differentiate, setup_context=save)
     return forward
+
+
+def as_custom_calls(text: str) -> str:
+    """The module with its calls of opaque functions as ``stablehlo.custom_call``, spec and scale as JSON in the call itself."""
+    declaration = re.compile(rf"^ *func\.func private ({CALLEE}\w*)\(.*attributes \{{(.*)\}}\n", re.MULTILINE)
+    for found in list(declaration.finditer(text)):
+        callee, attributes = found.groups()
+        told = [
+            ("spec", r'parallax_compile\.spec = "((?:[^"\\]|\\.)*)"'),
+            ("scale", r"parallax_compile\.scale = ([-+.\w]+) :"),
+        ]
+        matches = [(name, re.search(pattern, attributes)) for name, pattern in told]
+        config = ", ".join(f"\\22{name}\\22: {match[1]}" for name, match in matches if match is not None)
+        target = re.sub(r"_\d+$", "", callee).replace("parallax_compile_", "parallax_compile.")
+        call = re.compile(rf"\bcall {callee}(\([^)]*\)) :")
+        text = call.sub(
+            lambda m, target=target, config=config: (  # type: ignore[misc]
+                f'stablehlo.custom_call {target}{m[1]} {{backend_config = "{{{config}}}"}} :'
+            ),
+            text,
+        )
+    return declaration.sub("", text)

@@ -1,13 +1,10 @@
-"""The opaque operators in dialects that have no operator of torch's.
-
-In linalg a ``func.call`` whose callee, a private function without a body, tells the spec; in StableHLO a ``custom_call``.
+"""The opaque operators on their way out of torch's dialect: a ``func.call`` of a private function that tells the spec.
 
 Imports torch-mlir; :mod:`.emission` imports it when it needs it.
 """
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from torch_mlir import ir
@@ -15,10 +12,9 @@ from torch_mlir.extras.fx_importer import GraphNodeImporter
 
 from . import opaque
 
-__all__ = ["CallImporter", "as_custom_calls"]
+__all__ = ["CallImporter"]
 
 _CALLEES = {f"parallax_compile::{name.rpartition('.')[2]}": name.replace(".", "_") for name in opaque.NAMES}
-_TARGETS = [(name, name.replace(".", "_")) for name in opaque.NAMES]  # the longer name last
 
 
 class CallImporter(GraphNodeImporter):
@@ -69,42 +65,3 @@ class CallImporter(GraphNodeImporter):
         with loc, ir.InsertionPoint.at_block_begin(body):
             ir.Operation.create("func.func", attributes=attributes, regions=1)
         return name
-
-
-def as_custom_calls(module: Any) -> None:
-    """Calls of opaque functions as ``stablehlo.custom_call``, the spec and the scale as JSON in ``backend_config``."""
-    with module.context:
-        declared = {}
-        for operation in list(module.body.operations):
-            attributes = operation.operation.attributes
-            if "parallax_compile.spec" in attributes:
-                declared[ir.StringAttr(attributes["sym_name"]).value] = attributes
-        for function in module.body.operations:
-            for block in function.operation.regions[0].blocks:
-                for operation in list(block.operations):
-                    if operation.operation.name == "func.call":
-                        _as_custom_call(operation.operation, declared)
-        for operation in list(module.body.operations):
-            if "parallax_compile.spec" in operation.operation.attributes:
-                operation.operation.erase()
-
-
-def _as_custom_call(call: Any, declared: Any) -> None:
-    callee = ir.FlatSymbolRefAttr(call.attributes["callee"]).value
-    found = declared[callee]
-    config = {"spec": json.loads(ir.StringAttr(found["parallax_compile.spec"]).value)}
-    if "parallax_compile.scale" in found:
-        config["scale"] = ir.FloatAttr(found["parallax_compile.scale"]).value
-    target = next(name for name, stem in reversed(_TARGETS) if callee.startswith(stem))
-    attributes = {
-        "call_target_name": ir.StringAttr.get(target),
-        "backend_config": ir.StringAttr.get(json.dumps(config, sort_keys=True)),
-    }
-    results = [result.type for result in call.results]
-    with call.location, ir.InsertionPoint(call):
-        custom = ir.Operation.create(
-            "stablehlo.custom_call", attributes=attributes, results=results, operands=list(call.operands)
-        )
-    for old, new in zip(call.results, custom.results, strict=True):
-        old.replace_all_uses_with(new)
-    call.erase()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import re
 import signal
 import subprocess
 import sys
@@ -70,14 +71,12 @@ def _has(module: str) -> bool:
 
 
 def run_tool(name: str, arguments: Sequence[str | Path], limits: Limits) -> None:
-    """Run ``iree-compile`` or ``iree-opt`` in a process of its own.
+    """Run ``torch-mlir-opt``, ``iree-opt`` or ``iree-compile`` in a process of its own.
 
     Raises:
         ToolError: it reported an error, crashed, or ran into a limit.
     """
-    from iree.compiler.tools import binaries
-
-    tool = [sys.executable, "-I", "-S", "-c", _LIMITED, str(limits.memory), binaries.find_tool(name)]
+    tool = [sys.executable, "-I", "-S", "-c", _LIMITED, str(limits.memory), _tool(name)]
     try:
         done = subprocess.run(
             [*tool, *map(str, arguments)],
@@ -99,8 +98,19 @@ def run_tool(name: str, arguments: Sequence[str | Path], limits: Limits) -> None
     raise ToolError(f"{name} failed: {said}")
 
 
+def _tool(name: str) -> str:
+    """The path of a tool inside of its wheel."""
+    if name.startswith("torch-mlir"):
+        from torch_mlir import ir
+
+        return str(Path(ir.__file__).with_name("_mlir_libs") / name)
+    from iree.compiler.tools import binaries
+
+    return str(binaries.find_tool(name))
+
+
 def _first_error(stderr: str) -> str:
-    """The lines that matter: the first error and what follows it, without pages of IR."""
-    lines = [line for line in stderr.splitlines() if line.strip()]
-    first = next((number for number, line in enumerate(lines) if "error" in line.lower()), max(0, len(lines) - 3))
+    """The lines that matter: the first error and what follows it, without pages of IR, nor a crash's frames."""
+    lines = [line for line in stderr.splitlines() if line.strip() and not re.match(r"\s*#\d+ |\s*\d+\.\s", line)]
+    first = next((number for number, line in enumerate(lines) if "error" in line.lower()), 0)
     return "\n".join(line[:300] for line in lines[first : first + 3]) or "it said nothing"
