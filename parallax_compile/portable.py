@@ -345,9 +345,24 @@ class PortableArtifact:
         """
         return tuple(self._run("backward", (query, key, value, probe), grad_out))
 
-    def peak_memory(self, direction: str = "forward") -> int:
-        """Bytes that IREE held at most in runs so far, operands and results counted."""
-        return int(self.programs[direction].loaded.statistics()["device_bytes_peak"])
+    def peak_memory(self, query_length: int | None = None, key_length: int | None = None) -> int:
+        """Bytes that a process which runs the forward once holds at most, Python and IREE's runtime included.
+
+        Args:
+            query_length, key_length: in the place of open lengths.
+        """
+        self._check_runs_here()
+        from .lowering.mlir.iree import peak_memory
+
+        lengths = (query_length, key_length, key_length, query_length)
+        shapes = [
+            [length if size is None else size for size in shape]
+            for shape, length in zip(self.shapes, lengths, strict=False)
+        ]
+        if any(size is None for shape in shapes for size in shape):
+            raise InputError("query_length and key_length must be given, since the artifact leaves them open.")
+        program = self.programs["forward"]
+        return peak_memory(program.binary, program.function, self.dtype, shapes)  # type: ignore[arg-type]
 
     def write(self, directory: str | Path) -> list[Path]:
         """Write every program: ``<direction>.vmfb``, ``<direction>.mlir``, and its texts in a folder beside them."""
@@ -374,12 +389,16 @@ class PortableArtifact:
         lines = [f"{self.spec.name or 'variant'} for {self.target}, {self.dtype}", "", table]
         return "\n".join([*lines, *(["", *self.notes] if self.notes else [])])
 
-    def _run(self, direction: str, tensors: tuple[Tensor | None, ...], grad_out: Tensor | None = None) -> list[Tensor]:
+    def _check_runs_here(self) -> None:
         if self.target != "cpu":
             raise UnsupportedError(
                 f"the artifact is for {self.target}, and run() executes on this CPU. "
                 'Load its binary with IREE\'s runtime there, or compile for target="cpu".'
             )
+        toolchain.require(toolchain.RUNTIME)
+
+    def _run(self, direction: str, tensors: tuple[Tensor | None, ...], grad_out: Tensor | None = None) -> list[Tensor]:
+        self._check_runs_here()
         if direction not in self.programs:
             raise InputError("the artifact has no backward. Compile it with backward=True.")
         query, key, value, probe = tensors

@@ -210,6 +210,8 @@ def test_finite_bandwidth_within_1e6_of_float64(member: str) -> None:
     assert relative_error(out, want[0]) <= 1e-6
     for got, expected in zip(artifact.run_backward(*inputs, grad_out=grad), want, strict=True):
         assert relative_error(got, expected) <= 1e-6
+    with pytest.raises(InputTypeError, match="grad_out"):
+        artifact.run_backward(*inputs, grad_out=None)
     mask = torch.ones(21, 26, dtype=torch.bool).tril()
     wide = [tensor.double() for tensor in inputs]
     if member == "PARALLAX":
@@ -230,7 +232,6 @@ def test_solved_probes_within_1e5_of_float64() -> None:
 
 
 @needs_iree
-@pytest.mark.unpoisoned
 def test_open_lengths_in_memory_that_grows_with_the_length_and_not_its_square() -> None:
     artifact = compiled("PARALLAX", "streaming", shapes=OPEN)
     for lengths in ((21, 26), (1, 5), (40, 16)):
@@ -238,12 +239,11 @@ def test_open_lengths_in_memory_that_grows_with_the_length_and_not_its_square() 
         inputs = tensors(shapes)
         want = plx.attention(*(tensor.double() for tensor in inputs), spec=artifact.spec, enable_gqa=True)
         assert relative_error(artifact.run(*inputs), want) <= 1e-6
-    peaks = []
-    for length in (512, 2048):
-        artifact.run(*tensors([(*shape[:2], length, shape[3]) for shape in SHAPES]))
-        peaks.append(artifact.peak_memory())
-    assert peaks[1] / peaks[0] < 4.5, f"bytes at L and 4 L: {peaks}"
-    assert peaks[1] < 4 * 2048 * 2048, "less than one head's scores"
+    # One head's scores at 2048 are 16 MiB. The dense form shows that the measure would see them.
+    scores = 4 * 2048 * 2048
+    dense = compiled("PARALLAX", "dense", shapes=OPEN)
+    grown = {a.programs["forward"].form: a.peak_memory(2048, 2048) - a.peak_memory(16, 16) for a in (artifact, dense)}
+    assert grown["streaming"] < scores < 4 * scores < grown["dense"], grown
 
 
 @needs_iree
@@ -265,13 +265,19 @@ def test_float64_stays_float64_with_every_kind_of_mod_and_mask() -> None:
 
 
 @needs_iree
-def test_bfloat16_accumulates_in_float32() -> None:
+def test_bfloat16_accumulates_in_float32_and_an_artifact_takes_what_it_was_compiled_for() -> None:
     artifact = compiled("LINEAR", "streaming", dtype=torch.bfloat16)
-    inputs = tensors(dtype=torch.bfloat16)
+    q, k, v, r = inputs = tensors(dtype=torch.bfloat16)
     out = artifact.run(*inputs)
     want = plx.attention(*(tensor.double() for tensor in inputs), spec=artifact.spec, enable_gqa=True)
     assert out.dtype == torch.bfloat16
     assert relative_error(out, want) < 2.0**-8
+    with pytest.raises(InputError, match=r"query must have shape \(1, 4, 21, 6\)"):
+        artifact.run(q[:, :, :20], k, v, r[:, :, :20])
+    with pytest.raises(InputError, match="bfloat16 on cpu"):
+        artifact.run(*(tensor.double() for tensor in inputs))
+    with pytest.raises(InputError, match="backward=True"):
+        artifact.run_backward(*inputs, grad_out=out)
 
 
 @needs_iree
@@ -408,20 +414,6 @@ def test_a_run_of_iree_is_limited() -> None:
         plx.compile_portable(plx.SOFTMAX, SHAPES[:3], form="dense", time_limit=0.01)
     with pytest.raises(UnsupportedError, match="iree-compile"):
         plx.compile_portable(plx.SOFTMAX, SHAPES[:3], form="dense", memory_limit=64 << 20)
-
-
-@needs_iree
-def test_an_artifact_takes_what_it_was_compiled_for() -> None:
-    artifact = compiled("PARALLAX", "streaming", backward=True)
-    q, k, v, r = tensors()
-    with pytest.raises(InputError, match=r"query must have shape \(1, 4, 21, 6\)"):
-        artifact.run(q[:, :, :20], k, v, r[:, :, :20])
-    with pytest.raises(InputError, match="float32 on cpu"):
-        artifact.run(*(tensor.double() for tensor in (q, k, v, r)))
-    with pytest.raises(InputTypeError, match="grad_out"):
-        artifact.run_backward(q, k, v, r, grad_out=None)
-    with pytest.raises(InputError, match="backward=True"):
-        compiled("LINEAR", "streaming", dtype=torch.bfloat16).run_backward(q, k, v, r, grad_out=q)
 
 
 def test_without_the_extra_the_message_names_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from torch import Tensor
 from .targets import PortableTarget
 from .toolchain import Limits, run_tool
 
-__all__ = ["Loaded", "compile_module"]
+__all__ = ["Loaded", "compile_module", "peak_memory"]
 
 _FLAGS = (
     "--iree-input-demote-f64-to-f32=false",  # float64 stays float64 (a target may say otherwise)
@@ -77,9 +80,37 @@ class Loaded:
             results = [results]
         return [_as_tensor(result.to_host()) for result in results]
 
-    def statistics(self) -> Mapping[str, int]:
-        """What IREE's allocator held: ``device_bytes_peak`` and others."""
-        return self._config.device.allocator.statistics
+
+# Memory is measured in a process without torch, by the high-water mark of its resident set: what IREE allocates in a run is
+# not in its allocator's own statistics.
+_MEASURED = """
+import re, sys
+import numpy
+from iree import runtime
+path, function, dtype, *shapes = sys.argv[1:]
+config = runtime.Config("local-task")
+context = runtime.SystemContext(config=config)
+module = runtime.VmModule.mmap(context.instance, path)
+context.add_vm_module(module)
+shapes = [tuple(map(int, shape.split("x"))) for shape in shapes]
+if dtype == "bfloat16":
+    import ml_dtypes
+    dtype = ml_dtypes.bfloat16
+arrays = [runtime.asdevicearray(config.device, numpy.ones(shape, dtype)) for shape in shapes]
+context.modules[module.name][function](*arrays).to_host()
+print(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1])
+"""
+
+
+def peak_memory(binary: bytes, function: str, dtype: torch.dtype, shapes: Sequence[Sequence[int]]) -> int:
+    """Bytes that a process which runs ``function`` once on ones holds at most, Python and the runtime included (Linux)."""
+    with tempfile.TemporaryDirectory(prefix="parallax-mlir-") as folder:
+        path = Path(folder, "artifact.vmfb")
+        path.write_bytes(binary)
+        given = ["x".join(map(str, shape)) for shape in shapes]
+        command = [sys.executable, "-c", _MEASURED, str(path), function, str(dtype).removeprefix("torch."), *given]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
+    return int(done.stdout) * 1024
 
 
 def _as_numpy(tensor: Tensor) -> Any:
