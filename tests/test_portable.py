@@ -187,6 +187,14 @@ def test_what_does_not_fit_into_a_loop_falls_back_and_says_why() -> None:
     assert solved.forms == {"forward": "blockwise"} and "a solved probe needs" in solved.notes[0]
 
 
+@needs_importer
+def test_the_layer_with_its_cache_of_rotations_is_exported_whole() -> None:
+    layer = plx.nn.ParallaxAttention(32, 2).eval()
+    text = plx.export_mlir(layer, [torch.randn(1, 20, 32)], opaque=True, dialect="stablehlo", name="layer")
+    assert "func.func @layer(%arg0: tensor<1x20x32xf32>)" in text
+    assert text.count("stablehlo.custom_call @parallax_compile.attention(") == 1
+
+
 # --- run by IREE ----------------------------------------------------------------------------------------------------
 
 

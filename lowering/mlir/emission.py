@@ -41,9 +41,9 @@ _REFUSED: Mapping[str, tuple[str, str]] = {
     **{
         name: (f"no dialect has a lowering of {name}", _FIXED)
         for name in (
-            "_linalg_solve_ex", "linalg_solve", "linalg_inv", "linalg_cholesky", "cholesky", "linalg_lu", "linalg_ldl",
-            "linalg_eig", "_linalg_eigh", "_linalg_svd", "linalg_qr", "linalg_solve_triangular", "triangular_solve",
-            "linalg_lstsq", "_linalg_det", "_linalg_slogdet", "linalg_pinv", "linalg_householder",
+            "linalg_solve", "linalg_inv", "linalg_cholesky", "linalg_lu", "linalg_ldl", "linalg_qr", "linalg_lstsq",
+            "linalg_eig", "linalg_eigh", "linalg_eigvals", "linalg_eigvalsh", "linalg_svd", "linalg_svdvals", "linalg_det",
+            "linalg_slogdet", "linalg_pinv", "linalg_householder", "cholesky", "triangular_solve",
         )
     },
 }  # fmt: skip
@@ -157,7 +157,7 @@ def check_graph(module: torch.nn.Module) -> None:
     """
     for node in _nodes(module):
         if node.op == "call_function":
-            name = _operator_name(node.target)
+            name = _operator_name(node.target).lstrip("_")
             for start, (reason, way) in _REFUSED.items():
                 if name == start or name.startswith((f"{start}_", f"{start}.")):
                     raise UnsupportedError(f"the graph has {name}: {reason}. {way}")
@@ -206,8 +206,26 @@ def emit_exported(program: torch.export.ExportedProgram, dialect: str, name: str
     program = program.run_decompositions(_decompositions())
     check_graph(program.graph_module)
     importer = _importer(dialect)
-    importer.import_frozen_program(program, func_name=name)
+    importer.import_stateless_graph(_frozen(program), func_name=name)
     return _lowered(importer.module, dialect)
+
+
+def _frozen(program: torch.export.ExportedProgram) -> fx.Graph:
+    """The program's graph with tensors in the place of the inputs that stand for them.
+
+    torch-mlir has this too, but does not find buffers that are no part of the state, such as a cache of rotations.
+    """
+    signature, values = program.graph_signature, {**program.constants, **program.state_dict}
+    named = {
+        **signature.inputs_to_lifted_tensor_constants,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_parameters,
+    }
+    for node in list(program.graph.nodes):
+        if node.op == "placeholder" and node.name in named:
+            node.replace_all_uses_with(values[named[node.name]])
+            program.graph.erase_node(node)
+    return program.graph
 
 
 def _importer(dialect: str) -> Any:
