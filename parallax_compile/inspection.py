@@ -211,7 +211,8 @@ def inspect(
             ``kernel_options`` belong to Triton. Needs the extra ``parallax-compile[mlir]``.
         dialect: ``"linalg"`` (the default), ``"torch"`` or ``"stablehlo"``.
         form: ``"dense"`` (the default), whole score matrices; ``"blockwise"``, unrolled over blocks of keys; ``"streaming"``,
-            a loop over blocks, in linalg and IREE's dialects, for the forward of members without a solver.
+            a loop over blocks, in linalg, for the forward of members without a solver. What does not fit into the loop, and
+            the backward, are unrolled (with open lengths: dense).
         dynamic: leave the lengths ``Lq`` and ``Lk`` open. Not for the blockwise form.
         opaque: keep the call whole, for a compiler that brings a kernel of its own.
         block_size: keys of a block, 128 by default.

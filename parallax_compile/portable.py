@@ -109,7 +109,7 @@ def inspect_mlir(
     opaque: bool = False,
     block_size: int = 128,
 ) -> MlirInspection:
-    """What :func:`~parallax_compile.inspect` does for ``emit="mlir"``, which see."""
+    """What :func:`~parallax_compile.inspect` does for ``emit="mlir"``; that has the arguments and errors."""
     emission.check_dialect(dialect)
     _check_form(form, block_size)
     toolchain.require(toolchain.IMPORTER)
@@ -120,11 +120,11 @@ def inspect_mlir(
         raise InputError(
             "block_mask is for fixed lengths, but dynamic=True. Put the mask into the spec (mask_mod=plx.masks...)."
         )
+    if opaque and form != "dense":
+        raise InputError(f"an opaque call has no form, but form={form!r}. Leave one of them out.")
     if form == "streaming":
         if dialect != "linalg":
             raise InputError(f'form="streaming" is written in linalg, but dialect={dialect!r}. Leave the dialect out.')
-        if opaque:
-            raise InputError("an opaque call has no form. Leave form or opaque out.")
         toolchain.require(toolchain.COMPILER)
     notes: list[str] = []
     chosen = forms.Form("opaque" if opaque else form, block_size)

@@ -383,6 +383,7 @@ def test_calls_that_cannot_be_emitted_say_why() -> None:
         ({"block_mask": mask, "dynamic": True}, InputError, "fixed lengths"),
         ({"form": "blockwise", "dynamic": True}, InputError, "static"),
         ({"form": "streaming", "dialect": "torch"}, InputError, "linalg"),
+        ({"form": "blockwise", "opaque": True}, InputError, "no form"),
         ({"score_mod": lambda s, b, h, q, k: s * trainable[h]}, UnsupportedError, "backward=False"),
         ({"score_mod": lambda s, b, h, q, k: q}, InputTypeError, "floating score"),
     ):

@@ -47,7 +47,7 @@ class _Shapes:
             self.heads, self.group, self.repeats = heads, 1, self.group
         self.dynamic = dynamic
         self.rows, self.keys = ("?", "?") if dynamic else (str(rows), str(keys))
-        self.element = mlir_type(call.query.dtype)
+        self.dtype, self.element = call.query.dtype, mlir_type(call.query.dtype)
         self.accumulation = torch.float64 if call.query.dtype == torch.float64 else torch.float32
         self.scalar = mlir_type(self.accumulation)
 
@@ -160,8 +160,7 @@ def _generic(
 def _product(result: str, rows: str, shapes: _Shapes, stage: str) -> list[str]:
     """``rows . key`` over the width: ``[B, Hkv, G, Lq, Lk]`` in the accumulation type."""
     body = Body(shapes.accumulation, Literals())
-    dtype = {"bf16": torch.bfloat16, "f16": torch.float16}.get(shapes.element, shapes.accumulation)
-    a, b = (body.cast(Scalar(name, dtype), shapes.accumulation) for name in ("%a", "%b"))
+    a, b = (body.cast(Scalar(name, shapes.dtype), shapes.accumulation) for name in ("%a", "%b"))
     total = body.binary("addf", body.binary("mulf", a, b), Scalar("%sum", shapes.accumulation))
     body.lines.append(f"linalg.yield {total.name} : {shapes.scalar}")
     kind = shapes.grouped(shapes.keys)
@@ -267,8 +266,7 @@ def _reduce(call: Declared, shapes: _Shapes) -> list[str]:
     parallel, reduced = (f"#iree_linalg_ext.iterator_type<{kind}>" for kind in ("parallel", "reduction"))
     body = Body(shapes.accumulation, Literals())
     acc = shapes.accumulation
-    element = {"bf16": torch.bfloat16, "f16": torch.float16}.get(shapes.element, acc)
-    weight, value_of = Scalar("%weight", acc), body.cast(Scalar("%value_of", element), acc)
+    weight, value_of = Scalar("%weight", acc), body.cast(Scalar("%value_of", shapes.dtype), acc)
     terms = {"d1": weight}
     if pairs:
         terms["d2"] = body.binary("mulf", weight, Scalar("%probe_score", acc))
@@ -317,7 +315,7 @@ def _output(call: Declared, shapes: _Shapes) -> list[str]:
     bound = body.constant(_MASKED / 2, acc)
     seen = body.emit(f"arith.cmpf ogt, {has['m'].name}, {bound.name} : {shapes.scalar}", torch.bool)
     out = body.select(seen, out, Scalar("%zero", acc))
-    out = body.cast(out, {"bf16": torch.bfloat16, "f16": torch.float16}.get(shapes.element, acc))
+    out = body.cast(out, shapes.dtype)
     body.lines.append(f"linalg.yield {out.name} : {shapes.element}")
     row, wide = shapes.grouped(), shapes.grouped(shapes.value_width)
     result = shapes.grouped(shapes.value_width, element=shapes.element)
