@@ -15,7 +15,7 @@ READY := $(if $(VENV),$(INSTALLED),tree)
 # The pins are CPU builds that are at hand; another release takes what the index serves.
 PINNED := $(filter 2.13.0,$(TORCH))
 CONSTRAINTS := $(if $(PINNED),-c constraints.txt,)
-EXTRAS := $(if $(PINNED),demo$(comma)test$(comma)docs$(comma)dev,demo$(comma)test)
+EXTRAS := $(if $(PINNED),demo$(comma)test$(comma)docs$(comma)dev$(comma)mlir,demo$(comma)test)
 
 export NO_MKDOCS_2_WARNING = 1
 # The package as an installation maps it, for what does not look into an editable install.

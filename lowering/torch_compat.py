@@ -39,6 +39,7 @@ from torch._higher_order_ops.utils import (
 from torch._ops import HigherOrderOperator
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, set_original_aten_op, track_tensor_tree
 from torch.nn.attention.flex_attention import _vmap_for_bhqkv
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from ..errors import InputTypeError, UnsupportedError
@@ -60,6 +61,7 @@ __all__ = [
     "length_hint",
     "mark_static",
     "missing_symbols",
+    "outside_of_tracing",
     "raise_input",
     "redirect_checkpointing_modes",
     "register_dynamo_operator",
@@ -114,6 +116,13 @@ FENCED: dict[str, tuple[str, ...]] = {
     "torch._higher_order_ops.utils:_has_potential_branch_input_mutation": ("gm", "inputs", "pre_dispatch"),
     "torch._higher_order_ops.utils:save_values_for_backward": ("ctx", "args"),
     "torch._higher_order_ops.utils:saved_values": ("ctx",),
+    "torch.fx.experimental.proxy_tensor:make_fx": (
+        "f",
+        "decomposition_table",
+        "tracing_mode",
+        "_allow_non_fake_inputs",
+    ),
+    "torch.utils._python_dispatch:_disable_current_modes": (),
     "torch.nn.attention.flex_attention:_vmap_for_bhqkv": ("fn", "prefix", "suffix", "out_dims"),
     "torch._higher_order_ops.flex_attention:flex_attention.__call__": (
         "query",
@@ -176,6 +185,11 @@ def trace_mod(mod: Callable[..., Any], *example: Any) -> Any:
     """Trace a mod (or its joint graph) to an FX graph on scalar ``example`` values."""
     with TransformGetItemToIndex():
         return _maybe_reenter_make_fx(mod)(*example)
+
+
+def outside_of_tracing() -> Any:
+    """A context in which operations on tensors that hold data are computed, not recorded, whatever traces around it."""
+    return _disable_current_modes()
 
 
 def functionalized_mutates(ctx: Any, mod: Callable[..., Any], example: Sequence[Any]) -> bool:

@@ -16,6 +16,7 @@ from .decoding import decode
 from .explanation import Explanation, explain, explain_decode
 from .inspection import Inspection, inspect
 from .lowering.scan import State
+from .portable import MlirInspection, PortableArtifact, compile_portable, export_mlir
 from .recurrent import decode_state, empty_state
 from .spec import (
     AFFINE_LINEAR,
@@ -57,6 +58,8 @@ __all__ = [
     "Infinite",
     "Inspection",
     "Learned",
+    "MlirInspection",
+    "PortableArtifact",
     "Solved",
     "State",
     "TuningReport",
@@ -65,12 +68,14 @@ __all__ = [
     "attention",
     "autotune",
     "caches",
+    "compile_portable",
     "decode",
     "decode_state",
     "empty_state",
     "errors",
     "explain",
     "explain_decode",
+    "export_mlir",
     "family",
     "flex_attention",
     "inspect",

@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from . import masks, reference, validation
-from .block_masks import combined_block_mask
-from .errors import InputError, InputTypeError
+from .block_masks import as_mask_mod, combined_block_mask
+from .errors import InputError, InputTypeError, UnsupportedError
 from .lowering import probes, scan
 from .lowering.cache_key import cache_salt
 from .lowering.dense import allowed_pairs
+from .lowering.mlir import forms
 from .lowering.operator import attention_forward
 from .lowering.plan import chunked_scan
 from .lowering.scan import State
@@ -130,6 +131,7 @@ def attention(
     validation.check_kernel_options(kernel_options)
     request = _aux_request(return_lse, return_aux, spec)
 
+    own_mods = any(given is not None for given in (score_mod, covariance_mod, block_mask))
     score_mod = _compose(spec.score_mod, score_mod)
     covariance_mod = _compose(spec.covariance_mod, covariance_mod)
     prefix = None
@@ -140,12 +142,14 @@ def attention(
         validation.check_state(initial_state, spec, query, key, value, prefix is not None)
     if torch.compiler.is_dynamo_compiling():
         run = _compiled
+    elif forms.current() is not None:
+        run = _portable
     else:
         _warn_unfused()
         # A state is sums, of which the reference knows nothing; the same sums in plain torch.
         run = _summed if stateful else _uncompiled
     call = _Call(query, key, value, probe, spec, score_mod, covariance_mod, block_mask, scale, ridge, kernel_options)
-    call = call._replace(prefix=prefix, initial=initial_state, request=request)
+    call = call._replace(prefix=prefix, initial=initial_state, request=request, own_mods=own_mods)
     out, aux = run(call)
     if request.value_mean and aux.value_mean is None:
         # The value mean is the softmax member on the same scores and mask; asking for it is rare, so it is a call.
@@ -206,6 +210,7 @@ class _Call(NamedTuple):
 
     Attributes:
         prefix: the keys of each row, where the member's sums run; else None.
+        own_mods: whether the call adds mods or a mask to the spec's.
     """
 
     query: Tensor
@@ -222,6 +227,7 @@ class _Call(NamedTuple):
     prefix: scan.Prefix | None = None
     initial: State | None = None
     request: AuxRequest = AuxRequest()
+    own_mods: bool = False
 
 
 def _uncompiled(call: _Call) -> tuple[Tensor, AuxOutput]:
@@ -274,6 +280,32 @@ def _uncompiled(call: _Call) -> tuple[Tensor, AuxOutput]:
         iterations=result.iterations,
         residual=result.residual,
     )
+
+
+def _portable(call: _Call) -> tuple[Tensor, AuxOutput]:
+    """The call while it is traced for MLIR (:mod:`.portable`)."""
+    from .lowering.mlir import opaque, programs
+
+    form, request = forms.current(), call.request
+    assert form is not None
+    if call.initial is not None or request.state:
+        raise UnsupportedError(
+            "a state (initial_state, or return_aux with state) is not traced for MLIR. Leave it out."
+        )
+    mask_mod = as_mask_mod(call.spec.mask_mod, call.block_mask)
+    mods = (call.score_mod, call.covariance_mod, mask_mod)
+    declared = programs.Declared(*call[:5], *mods, call.scale, call.ridge)
+    if form.name == "dense":
+        found = programs.dense(declared)
+        return found.out, AuxOutput(found.lse, None, *found[2:])
+    if any(request):
+        raise UnsupportedError(f'the {form.name} form has no auxiliary outputs. Emit the call with form="dense".')
+    if form.name == "declared":
+        form.handed_over.append(declared)
+        return call.query.new_empty((*call.query.shape[:3], call.value.size(3))), AuxOutput()
+    if form.name == "opaque":
+        return opaque.attention(declared, own_mods=call.own_mods), AuxOutput()
+    return programs.blockwise(declared, form.block_size), AuxOutput()
 
 
 def _compiled(call: _Call) -> tuple[Tensor, AuxOutput]:

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from . import masks
-from .errors import InputTypeError
-from .lowering.torch_compat import raise_input, result_problem
+from .errors import InputTypeError, UnsupportedError
+from .lowering.torch_compat import outside_of_tracing, raise_input, result_problem
 from .masks import LibraryMask, MaskMod
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
@@ -52,6 +52,28 @@ def block_kinds(block_mask: BlockMask) -> Tensor:
         full = _listed(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
         kinds = torch.maximum(kinds, full * FULL)
     return kinds
+
+
+def as_mask_mod(mask_mod: MaskMod | None, block_mask: BlockMask | None) -> MaskMod | None:
+    """The masks of a call, the spec's and the block mask with its lists of blocks, as one ``mask_mod``; None allows all."""
+    if block_mask is None:
+        return mask_mod
+    if type(block_mask.kv_indices) is not Tensor:
+        raise UnsupportedError(
+            "a block_mask that is made while the call is traced is not traced for MLIR. "
+            "Make it before, or put the mask into the spec (mask_mod=)."
+        )
+    with outside_of_tracing():
+        kinds = block_kinds(block_mask)
+    sizes, given = block_mask.BLOCK_SIZE, block_mask.mask_mod
+    batches, heads = kinds.shape[:2]
+
+    def combined(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        kind = kinds[b if batches > 1 else 0, h if heads > 1 else 0, q_idx // sizes[0], kv_idx // sizes[1]]
+        keep = (kind == FULL) | ((kind == PARTIAL) & given(b, h, q_idx, kv_idx))
+        return keep if mask_mod is None else keep & mask_mod(b, h, q_idx, kv_idx)
+
+    return combined
 
 
 def _listed(counts: Tensor, indices: Tensor) -> Tensor:

@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from .attention import attention
+from .errors import InputError
 from .lowering.codegen import GeneratedCode, generate
 from .lowering.cubin import CompiledKernel, Resources, compile_kernel
 from .lowering.targets import Target
+from .portable import inspect_mlir
 from .spec import AttentionSpec
 
 __all__ = ["InspectedKernel", "Inspection", "inspect"]
@@ -184,8 +186,16 @@ def inspect(
     backward: bool = True,
     candidate: int | Mapping[str, int] = 0,
     kernel_options: dict[str, Any] | None = None,
-) -> Inspection:
+    emit: str = "triton",
+    dialect: str | None = None,
+    form: str | None = None,
+    dynamic: bool = False,
+    opaque: bool = False,
+    block_size: int | None = None,
+) -> Any:
     """The kernels of ``attention(query, key, value, probe, spec=spec, ...)`` compiled for ``target``, which need not be here.
+
+    With ``emit="mlir"`` the call as MLIR, for no target in particular (``docs/portable.md``).
 
     Nothing is run, and no GPU is needed: values do not matter, and tensors may be without data (``device="meta"``).
     Takes seconds for each kernel the first time.
@@ -197,12 +207,47 @@ def inspect(
         backward: include the backward, of the inputs that require a gradient, or of all where none does.
         candidate: which of a stage's candidate configurations to compile: 0 is the one that the default mode takes; an
             index for all stages (a stage with fewer takes its last), or stage name -> index.
+        emit: ``"triton"``, or ``"mlir"``, to which alone the following belong; ``target``, ``candidate`` and
+            ``kernel_options`` belong to Triton. Needs the extra ``parallax-compile[mlir]``.
+        dialect: ``"linalg"`` (the default), ``"torch"`` or ``"stablehlo"``.
+        form: ``"dense"`` (the default), whole score matrices; ``"blockwise"``, unrolled over blocks of keys; ``"streaming"``,
+            a loop over blocks, in linalg, for the forward of members without a solver. What does not fit into the loop, and
+            the backward, are unrolled (with open lengths: dense).
+        dynamic: leave the lengths ``Lq`` and ``Lk`` open. Not for the blockwise form.
+        opaque: keep the call whole, for a compiler that brings a kernel of its own.
+        block_size: keys of a block, 128 by default.
+
+    Returns:
+        an :class:`Inspection`; with ``emit="mlir"`` a :class:`~parallax_compile.MlirInspection`.
 
     Raises:
         InputError, InputTypeError: (a ValueError, a TypeError) a wrong argument, as the call itself would say; an unknown
             target or candidate.
-        UnsupportedError: the compiled path does not cover the call; or triton is not installed.
+        UnsupportedError: the compiled path does not cover the call; or triton, or torch-mlir, is not installed.
     """
+    if emit not in ("triton", "mlir"):
+        raise InputError(f"emit must be 'triton' or 'mlir', but got {emit!r}.")
+    of_triton = {"target": target != "auto", "candidate": candidate != 0, "kernel_options": bool(kernel_options)}
+    of_mlir: dict[str, Any] = {"dialect": dialect, "form": form, "block_size": block_size}
+    of_mlir |= {"dynamic": dynamic or None, "opaque": opaque or None}
+    of_mlir = {name: given for name, given in of_mlir.items() if given is not None}
+    foreign = [name for name, given in of_triton.items() if given] if emit == "mlir" else list(of_mlir)
+    if foreign:
+        raise InputError(f"{', '.join(foreign)} do not belong to emit={emit!r}. Leave them out.")
+    if emit == "mlir":
+        return inspect_mlir(
+            spec,
+            query,
+            key,
+            value,
+            probe,
+            score_mod=score_mod,
+            covariance_mod=covariance_mod,
+            block_mask=block_mask,
+            scale=scale,
+            backward=backward,
+            **of_mlir,
+        )
 
     def call(query: Tensor, key: Tensor, value: Tensor, probe: Tensor | None) -> Tensor:
         return attention(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .spec import AttentionSpec
 
 DenseMod = Callable[[Tensor], Tensor]
+Solve = Callable[[Tensor, Tensor], Tensor]
 
 
 class ReferenceOutput(NamedTuple):
@@ -51,6 +52,7 @@ def attention(
     mask: Tensor | None = None,
     scale: float | None = None,
     ridge: Tensor | float | None = None,
+    solve: Solve | None = None,
 ) -> ReferenceOutput:
     """Attention of ``spec``, computed in float32 (float64 for float64 inputs).
 
@@ -62,6 +64,7 @@ def attention(
         mask: bool, broadcastable to ``[B, Hq, Lq, Lk]``; True allows.
         scale: None is ``1/sqrt(D)``.
         ridge: overrides the spec's; broadcastable to ``[B, Hq, Lq]``.
+        solve: in place of ``torch.linalg.solve``, ``(matrix [..., D, D], right [..., D]) -> [..., D]``.
     """
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     group = query.size(1) // key.size(1)
@@ -78,7 +81,7 @@ def attention(
         lam = _ridge(spec, ridge, weights, lse)
         matrix, right = _system(queries, keys, weights, lam, spec.intercept)
         if spec.probe.kind == "solved":
-            rho = torch.linalg.solve(matrix, right[..., None])[..., 0]
+            rho = (_solve if solve is None else solve)(matrix, right)
             iterations = torch.zeros(query.shape[:3], dtype=torch.int32, device=query.device)
         else:
             rho = _gradient_steps(matrix, right, lam, spec)
@@ -146,6 +149,10 @@ def _system(queries: Tensor, keys: Tensor, weights: Tensor, lam: Tensor, interce
         matrix = spread.mT @ (weights[..., None] * spread)
         right = queries
     return matrix + lam[..., None, None] * identity, right
+
+
+def _solve(matrix: Tensor, right: Tensor) -> Tensor:
+    return torch.linalg.solve(matrix, right[..., None])[..., 0]
 
 
 def _steps(spec: AttentionSpec) -> int:

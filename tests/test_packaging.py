@@ -26,7 +26,12 @@ import parallax_compile as plx
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "parallax_compile"
-FOLDERS = {PACKAGE: "parallax_compile", f"{PACKAGE}.lowering": "lowering", f"{PACKAGE}.templates": "templates"}
+FOLDERS = {
+    PACKAGE: "parallax_compile",
+    f"{PACKAGE}.lowering": "lowering",
+    f"{PACKAGE}.lowering.mlir": "lowering/mlir",
+    f"{PACKAGE}.templates": "templates",
+}
 DATA = {".jinja", ".json", ".typed"}
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="not about the interpreter")
@@ -69,7 +74,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip(f"building a wheel needs {missing}")
     source = tmp_path_factory.mktemp("source")
     for folder in FOLDERS.values():
-        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / folder, source / folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__")
+        )
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     built = tmp_path_factory.mktemp("wheel")
