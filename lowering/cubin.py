@@ -21,7 +21,7 @@ from ..errors import UnsupportedError
 from . import torch_compat_codegen as compat
 from .codegen import LOCK, GeneratedKernel, require_triton
 from .targets import Target, resolve
-from .torch_compat import source_type
+from .torch_compat_gluon import source_type
 
 __all__ = ["STAGES", "CompiledKernel", "Resources", "compile_kernel", "tool"]
 

@@ -16,7 +16,8 @@ from .mod_graphs import digest, is_always_true, is_elementary, is_identity
 from .operator import BlockMaskOperands, attention_backward, attention_forward
 from .plan import Plan, Problem, make_plan
 from .solve import attention_solve
-from .torch_compat import has_gluon, inductor
+from .torch_compat import inductor
+from .torch_compat_gluon import has_gluon
 from .tuned import ask, offered
 
 LOG2E = 1.4426950408889634

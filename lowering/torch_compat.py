@@ -11,12 +11,9 @@ Imports of :mod:`torch._inductor` are deferred into functions: they are heavy, a
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import inspect
 import json
-import re
-import textwrap
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
@@ -43,6 +40,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from ..errors import InputTypeError, UnsupportedError
+from .torch_compat_gluon import gluon_template
 
 __all__ = [
     "FENCED",
@@ -52,10 +50,8 @@ __all__ = [
     "UnsupportedAliasMutationException",
     "check_arity",
     "compile_fx",
-    "compile_gluon",
     "create_fw_bw_graph",
     "functionalized_mutates",
-    "has_gluon",
     "inductor",
     "inline_in_lowering",
     "length_hint",
@@ -72,7 +68,6 @@ __all__ = [
     "set_original_aten_op",
     "settled_when_traced",
     "skip_frames_of",
-    "source_type",
     "trace_artifact",
     "trace_mod",
     "traced_while_loop",
@@ -408,7 +403,7 @@ class _Inductor:
         """
         template = _resolve("torch._inductor.select_algorithm:TritonTemplate")
         if gluon:
-            template = _gluon_template(template)
+            template = gluon_template(template)
         options = {}
         if "always_freeze_layout" in inspect.signature(template.__init__).parameters:
             options["always_freeze_layout"] = True
@@ -422,66 +417,6 @@ class _Inductor:
 
 
 inductor = _Inductor()
-
-# What a Gluon kernel's module starts with. It is compiled in worker processes too, which know of Gluon only through it.
-_GLUON_IMPORTS = """\
-from parallax_compile.lowering.torch_compat import compile_gluon
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
-compile_gluon()
-"""
-_ONE_ELEMENT = re.compile(r"tl\.full\(\[1\], (.+?), tl\.\w+\)")
-
-
-def _gluon_template(template: Any) -> Any:
-    kernel_type = template.kernel_type
-
-    class GluonKernel(kernel_type):  # type: ignore[valid-type, misc]
-        def jit_lines(self) -> str:
-            return _GLUON_IMPORTS + textwrap.dedent(super().jit_lines()).replace("@triton.jit", "@gluon.jit")
-
-        def modification(self, *arguments: Any, **named: Any) -> str:
-            # Inductor writes a constant as a tensor of one element, which has no layout in Gluon.
-            return _ONE_ELEMENT.sub(r"\1", super().modification(*arguments, **named))
-
-    return type("GluonTemplate", (template,), {"kernel_type": GluonKernel})
-
-
-def compile_gluon() -> None:
-    """Let Inductor compile Gluon kernels too: it takes every kernel's function for one of Triton's own language."""
-    heuristics: Any = importlib.import_module("torch._inductor.runtime.triton_heuristics")
-    triton_source = heuristics.ASTSource
-    if getattr(triton_source, "knows_gluon", False):
-        return
-
-    def source(function: Any, *arguments: Any, **named: Any) -> Any:
-        return source_type(function, triton_source)(function, *arguments, **named)
-
-    source.knows_gluon = True  # type: ignore[attr-defined]
-    heuristics.ASTSource = source
-
-
-def source_type(function: Any, otherwise: Any) -> Any:
-    """What Triton compiles ``function`` as: Gluon's kind of source for Gluon's functions, else ``otherwise``."""
-    if not getattr(function, "is_gluon", bool)():
-        return otherwise
-    from triton.experimental.gluon._runtime import GluonASTSource
-
-    return GluonASTSource
-
-
-@functools.cache
-def has_gluon() -> bool:
-    """Whether this process can compile Gluon for Hopper: a Triton that has it, and not Triton's interpreter."""
-    try:
-        from triton import knobs
-        from triton.experimental.gluon.language.nvidia.hopper import tma
-
-        return not knobs.runtime.interpret and hasattr(tma, "make_tensor_descriptor")
-    except (ImportError, AttributeError):
-        return False
 
 
 def length_hint(length: Any) -> int:

@@ -19,7 +19,7 @@ import torch
 from parallax_compile.lowering import candidates, codegen, cubin
 from parallax_compile.lowering import torch_compat_codegen as compat
 from parallax_compile.lowering.targets import DEFAULT, TARGETS, Target, resolve
-from parallax_compile.lowering.torch_compat import has_gluon
+from parallax_compile.lowering.torch_compat_gluon import has_gluon
 from torch import Tensor
 
 import parallax_compile as plx
