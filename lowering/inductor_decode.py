@@ -222,6 +222,7 @@ def _lower_decode(*arguments: Any) -> Any:
         "Q_LEN": q_length,
         **cache,
         "HAS_PROBE": has_probe,
+        "HAS_ADJOINT": False,
         "PROBE_SPLIT": has_probe and probe.get_dtype().itemsize > query.get_dtype().itemsize,
         "INTERCEPT": intercept,
         "SCORE_MOD": not mods[0].identity,
@@ -300,7 +301,7 @@ def _lower_decode(*arguments: Any) -> Any:
     for candidate, own in pairs:
         shape = {
             "ROWS": rows,
-            "ROW_TILES": own.row_tiles,
+            "HEAD_TILES": own.row_tiles,
             "ROWS_USED": used,
             "BLOCK_M": stacked,
             "BLOCK_N": candidate.block_n,
