@@ -310,7 +310,8 @@ def attention(
     # The covariance does not see a shift of the keys, and what is rounded gets smaller: FAMILY, "Centre the probe score".
     center = key.detach()[:, :, :CHUNK].to(wide).mean(2, keepdim=True) if intercept and not zero else None
     centred = key if center is None else key.to(wide) - center
-    if probe.dtype == key.dtype:  # beside a solution in float32 the keys are not rounded again: its products are large
+    # Beside a solution in float32 the keys are not rounded again: its products are large.
+    if probe is None or probe.dtype == key.dtype:
         centred = centred.to(key.dtype)
     sums: Sums = NO_SUMS if initial is None else (initial.key_value, initial.key_sum, initial.value_sum)
     if center is not None and initial is not None:

@@ -146,3 +146,26 @@ def test_mesa(mask: Any, segments: int, intercept: bool, dtype: torch.dtype) -> 
     errors = [relative_error(a, b) for a, b in zip(got, want, strict=True)]
     # The products round as those of the affine linear member do; the gradient of the keys is a difference of two of them.
     assert max(errors) <= (2.2 * 2.0**-8 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_a_state_goes_into_the_systems() -> None:
+    """Two calls, the second from the first one's state, in documents of which one goes on: as one call in float64."""
+    spec = plx.AFFINE_MESA.replace(probe=plx.Solved(0.5))
+    request = plx.AuxRequest(state=True)
+    head, tail = (CAUSAL & plx.masks.document(ids, contiguous=True) for ids in (IDS[:110], IDS[110:]))
+
+    def call(*x: Tensor) -> Tensor:
+        first, aux = plx.attention(*x[:3], spec=spec.replace(mask_mod=head), enable_gqa=True, return_aux=request)
+        rest = plx.attention(*x[3:], spec=spec.replace(mask_mod=tail), enable_gqa=True, initial_state=aux.state)
+        return torch.cat([first, rest], 2)
+
+    def whole(*x: Tensor) -> Tensor:
+        joined = [torch.cat(pair, 2) for pair in zip(x[:3], x[3:], strict=True)]
+        return plx.attention(*joined, spec=spec.replace(mask_mod=DOCUMENTS), enable_gqa=True)
+
+    parts = [tensor.split([110, 40], 2) for tensor in operands(torch.float32)[:3]]
+    inputs = [part[0] for part in parts] + [part[1] for part in parts]
+    want = with_gradients(whole, leaves(inputs, torch.float64))
+    with in_segments(2):
+        got = with_gradients(interpreter.interpreted(call), leaves(inputs, torch.float32))
+    assert max(relative_error(a, b) for a, b in zip(got, want, strict=True)) < 1e-5
