@@ -79,3 +79,24 @@ def test_the_page_is_what_its_record_gives() -> None:
     command = [sys.executable, str(BENCHMARKS / "report.py"), str(record), "--check"]
     done = subprocess.run(command, check=False, env=ENVIRONMENT)
     assert done.returncode == 0
+
+
+def test_decode_counts_keys_and_values_once_and_compares_with_the_best() -> None:
+    import decode
+
+    known = decode.cases()
+    assert known["B32-4096"].bytes == 2 * 32 * 8 * 4096 * 128 * 2
+    assert known["B32-16384-fp8"].bytes == known["B32-16384"].bytes / 2
+    assert known["ragged"].bytes == 2 * (16384 + 15 * 512) * 8 * 128 * 2
+
+    def entry(name: str, mine: float, **others: float) -> dict[str, Any]:
+        rows = {other: {"us": us} for other, us in others.items()}
+        return {"case": name, "contenders": {"parallax, ours": {"us": mine}, "softmax, ours": {"us": 1.0}, **rows}}
+
+    cases = [entry("B32-4096", 180.0, cuDNN=178.0, FA2=200.0), entry("GQA", 96.0), entry("B32-4096-page16", 190.0)]
+    rows = decode.goals({"cases": cases, "copy_bytes_s": 3e12})
+    assert [(row[0], row[2], row[-1]) for row in rows] == [
+        ("B32-4096", "cuDNN", "met"),
+        ("GQA", "us", "short"),
+        ("B32-4096-page16", "B32-4096", "met"),
+    ]
