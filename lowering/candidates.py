@@ -278,6 +278,11 @@ def table(stage: str, width: int, value_width: int, itemsize: int, has_probe: bo
     return [Candidate(*values) for values in rows]  # type: ignore[arg-type]  # the fifth of a row is a bool
 
 
+def stages() -> list[str]:
+    """The stages that the table has candidates for."""
+    return list(dict.fromkeys(stage for stage, _, _ in _TABLE))
+
+
 def forced_fields(stage: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a candidate that ``kernel_options`` settle for a stage."""
     forced: dict[str, Any] = {}
