@@ -343,6 +343,11 @@ def table(
     return [Candidate(*values) for values in rows]  # type: ignore[arg-type]  # the fifth of a row is a bool
 
 
+def stages() -> list[str]:
+    """The stages that the table has candidates for."""
+    return list(dict.fromkeys(stage for stage, _, _ in _TABLE))
+
+
 def _specialized_table(stage: str, width: int, value_width: int, probe: bool) -> list[Candidate]:
     return [
         Candidate(64, block_n, 4, stages, tma=True, specialized=True, overlap=overlap)

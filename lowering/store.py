@@ -330,6 +330,7 @@ def _write(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        os.chmod(name, 0o644)  # a temporary file is for its owner's eyes only
         os.replace(name, path)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -238,8 +238,9 @@ def _one(
     show: Any,
 ) -> set[str]:
     """Tune one shape; the stages that the call has."""
+    from .lowering.candidates import stages
     from .lowering.search import Search
-    from .lowering.space import EFFORTS, SPACES, explore
+    from .lowering.space import EFFORTS, explore
 
     def call(*tensors: Tensor) -> Tensor:
         return attention(*tensors, spec=spec, enable_gqa=True)
@@ -255,8 +256,8 @@ def _one(
     spaces = {
         # Some that are offered do not fit the target or the tensors' layout.
         stage: explore(stage, shape.width, shape.value_width, dtype.itemsize, has_probe)[: limit and 2 * limit]
-        for stage in (SPACES if wanted is None else wanted)
-        if stage in SPACES
+        for stage in stages()
+        if wanted is None or stage in wanted
     }
     device = "meta" if timer.execute is None else "cuda"
     inputs = shape.tensors(spec, dtype, device, requires_grad=backward)
