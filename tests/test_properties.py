@@ -22,7 +22,7 @@ MEMBERS = {
     for name, spec in members().items()
 }
 LOWERED = ("PARALLAX", "LLA")
-"""What the CPU's path is compiled for here: with a probe that is given and one that is solved; others in tests/test_family.py."""
+"""What the CPU's path is compiled for here, with a probe that is given and one that is solved."""
 
 
 def _cases() -> list[Any]:
