@@ -299,12 +299,13 @@ def attention(
     lse = count.log()[:, None].expand(query.shape[:3]).contiguous()
     zero = probe is None
     if zero:
-        # The value average has no product: keys and a probe of one column of zeros stand for those that it does not read.
-        key, probe = (value.new_zeros((*tensor.shape[:3], 1)) for tensor in (key, query))
+        # The value average has no product: keys and a probe of zeros stand for those that it does not read. Two columns:
+        # where values have one column too, Inductor leaves part of a product of one by one unwritten (torch 2.13, CPU).
+        key, probe = (value.new_zeros((*tensor.shape[:3], 2)) for tensor in (key, query))
         intercept = True
         if initial is not None:
             assert initial.value_sum is not None
-            none = [initial.value_sum.new_zeros((*value.shape[:2], *width)) for width in ((1, value.size(3)), (1,))]
+            none = [initial.value_sum.new_zeros((*value.shape[:2], *width)) for width in ((2, value.size(3)), (2,))]
             initial = initial._replace(key_value=none[0], key_sum=none[1])
     assert probe is not None
     # The covariance does not see a shift of the keys, and what is rounded gets smaller: FAMILY, "Centre the probe score".

@@ -125,7 +125,8 @@ class Chunks:
 def chunked(tensor: Tensor, heads: int, chunk: Any, count: Any, dtype: torch.dtype) -> Tensor:
     """``[B, H, L, ...]`` as ``[B, heads, H / heads, N, C, ...]`` of ``dtype``, filled up with zeros."""
     missing = count * chunk - tensor.size(2)
-    padded = torch.nn.functional.pad(tensor, (0, 0) * (tensor.dim() - 3) + (0, missing)).to(dtype)
+    filler = tensor.new_zeros((*tensor.shape[:2], missing, *tensor.shape[3:]))
+    padded = torch.cat([tensor, filler], 2).to(dtype)
     return padded.unflatten(2, (count, chunk)).unflatten(1, (heads, tensor.size(1) // heads))
 
 

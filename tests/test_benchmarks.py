@@ -100,3 +100,65 @@ def test_decode_counts_keys_and_values_once_and_compares_with_the_best() -> None
         ("GQA", "us", "short"),
         ("B32-4096-page16", "B32-4096", "met"),
     ]
+
+
+def _family_row(speed: dict[str, float], errors: dict[str, float]) -> dict[str, dict[str, Any]]:
+    times = {direction: {"ms": ms, "clock": "graph"} for direction, ms in speed.items()}
+    return {"ours": {**times, "errors": errors}, "FlashLLA": {d: {"ms": 6.0, "clock": "graph"} for d in speed}}
+
+
+def test_the_family_is_judged_by_its_goals() -> None:
+    import family
+
+    rows = {row.name: row for row in family.rows()}
+    assert len(rows) == len(family.rows())
+    row = rows["LLA ridge 0.1 times (1, 16, 2048, 64)"]
+    judged = family._judged(
+        row, _family_row({"forward": 2.0, "both": 4.0}, {"out": 4e-3, "dk": 6e-3, "worst_row": 1.0})
+    )
+    assert judged["speedup"] == {"forward": 3.0, "both": 1.5}
+    assert judged["met"] == {"forward": True, "both": False, "out": True, "dk": False}
+    # Every row of the table has its contender and its goal.
+    for name in (
+        "LLA ridge 1 times (1, 16, 8192, 128)",
+        "AFFINE_LINEAR times (1, 16, 65536, 128)",
+        "MESA ridge 1 times (4, 16, 4096, 128)",
+    ):
+        assert rows[name].peers and rows[name].goal.speedup is not None
+
+
+def test_the_family_reports_its_growth() -> None:
+    import family
+
+    def row(length: int, ms: float) -> dict[str, Any]:
+        return {
+            "kind": "times",
+            "problem": {"member": "AFFINE_LINEAR", "batch": 1, "length": length},
+            "contenders": {"ours": {"forward": {"ms": ms}}},
+        }
+
+    record = {"rows": [row(n, n**1.5) for n in (4096, 65536, 131072, 262144)]}
+    assert family.growth(record) == {"AFFINE_LINEAR forward": pytest.approx(1.5)}
+
+
+def test_the_family_goes_on_where_it_was_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import family
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # what is measured does not matter here
+    path = tmp_path / "family.json"
+    monkeypatch.setattr(sys, "argv", ["family.py", "--device", "cpu", "--quick", "--repeats", "1", "--json", str(path)])
+    assert family.main() == 0
+    record = json.loads(path.read_text())
+    errors, first, _ = record["rows"]
+    assert errors["met"] == {"out": True, "dq": True, "dk": True, "dv": True}
+    assert first["contenders"]["ours"]["both"]["ms"] > 0 and first["contenders"]["fla linear"] == {
+        "absent": "needs a GPU"
+    }
+    first["contenders"]["ours"]["both"]["ms"] = 12345.0
+    del record["rows"][2]
+    path.write_text(json.dumps(record))
+    assert family.main() == 0
+    assert "12345.000" in capsys.readouterr().out  # not measured again
+    assert len(json.loads(path.read_text())["rows"]) == 3
