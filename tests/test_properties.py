@@ -7,6 +7,7 @@ lowers), the CPU's compiled loops, and a GPU's kernels where there is one. No or
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -159,3 +160,15 @@ def test_an_average_of_one_column(backend: str) -> None:
     out, grad = call(q, v), torch.randn(1, 2, 150, 1, dtype=torch.float64)
     assert relative_error(out, weights @ v) < 1e-12
     assert relative_error(torch.autograd.grad(out, v, grad)[0], weights.mT @ grad) < 1e-12
+
+
+def test_the_picture_shows_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``examples/boundary.py``: at the edge LLA returns an affine map, softmax attention does not."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "examples"))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    import boundary
+
+    query_points, _, found = boundary.estimates(queries=101)
+    errors = boundary.errors(query_points, found)
+    assert errors["LLA"]["affine"] < 1e-7 < 1e-2 < errors["softmax"]["affine"]
+    assert all(errors["LLA"][label] < errors["softmax"][label] / 5 for label in boundary.MAPS)
