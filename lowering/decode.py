@@ -24,7 +24,9 @@ from .torch_compat import (
     HigherOrderOperator,
     ProxyTorchDispatchMode,
     UnsupportedAliasMutationException,
+    assume_constant_result,
     functionalized_mutates,
+    mark_static_address,
     redirect_checkpointing_modes,
     register_dynamo_operator,
     register_fake,
@@ -237,7 +239,7 @@ def _no_gradient(*arguments: Any) -> Any:
 _counters: dict[torch.device, Tensor] = {}
 
 
-@torch._dynamo.assume_constant_result
+@assume_constant_result
 def counters_of(device: torch.device) -> Tensor:
     """The int32 zeros with which the splits of a call count who is last; each call leaves them as it found them.
 
@@ -247,7 +249,7 @@ def counters_of(device: torch.device) -> Tensor:
     found = _counters.get(device)
     if found is None:
         found = torch.zeros(MOST_COUNTERS, dtype=torch.int32, device=device)
-        torch._dynamo.mark_static_address(found)
+        mark_static_address(found)
         _counters[device] = found
     return found
 

@@ -45,6 +45,7 @@ __all__ = [
     "ProxyTorchDispatchMode",
     "TransformGetItemToIndex",
     "UnsupportedAliasMutationException",
+    "assume_constant_result",
     "check_arity",
     "compile_fx",
     "create_fw_bw_graph",
@@ -52,6 +53,7 @@ __all__ = [
     "inductor",
     "inline_in_lowering",
     "mark_static",
+    "mark_static_address",
     "missing_symbols",
     "raise_input",
     "redirect_checkpointing_modes",
@@ -295,6 +297,8 @@ def register_dynamo_operator(
 
 
 mark_static = torch._dynamo.mark_static  # heads and widths stay constants, so that grids and scales do
+mark_static_address = torch._dynamo.mark_static_address
+assume_constant_result = torch._dynamo.assume_constant_result
 
 
 # --- inductor -------------------------------------------------------------------------------------------------------
