@@ -20,6 +20,7 @@ from . import dense
 from .mod_operator import COVARIANCE, SCORE, Mod, ModOperator, ModPlace, statistics_dtype
 from .operator import empty_in_layout_of
 from .plan import MOST_COUNTERS
+from .torch_compat import assume_constant_result, mark_static_address
 
 _TENSORS = 9  # of the operator's arguments, the first
 
@@ -180,7 +181,7 @@ def _no_gradient(*arguments: Any) -> Any:
 _counters: dict[torch.device, Tensor] = {}
 
 
-@torch._dynamo.assume_constant_result
+@assume_constant_result
 def counters_of(device: torch.device) -> Tensor:
     """The int32 zeros with which the splits of a call count who is last; each call leaves them as it found them.
 
@@ -190,6 +191,6 @@ def counters_of(device: torch.device) -> Tensor:
     found = _counters.get(device)
     if found is None:
         found = torch.zeros(MOST_COUNTERS, dtype=torch.int32, device=device)
-        torch._dynamo.mark_static_address(found)
+        mark_static_address(found)
         _counters[device] = found
     return found

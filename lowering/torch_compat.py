@@ -48,6 +48,7 @@ __all__ = [
     "ProxyTorchDispatchMode",
     "TransformGetItemToIndex",
     "UnsupportedAliasMutationException",
+    "assume_constant_result",
     "check_arity",
     "compile_fx",
     "create_fw_bw_graph",
@@ -56,6 +57,7 @@ __all__ = [
     "inline_in_lowering",
     "length_hint",
     "mark_static",
+    "mark_static_address",
     "missing_symbols",
     "outside_of_tracing",
     "raise_input",
@@ -354,6 +356,8 @@ def register_dynamo_operator(
 
 
 mark_static = torch._dynamo.mark_static  # heads and widths stay constants, so that grids and scales do
+mark_static_address = torch._dynamo.mark_static_address
+assume_constant_result = torch._dynamo.assume_constant_result
 
 
 # --- inductor -------------------------------------------------------------------------------------------------------
