@@ -189,7 +189,8 @@ def test_the_command_is_installed_and_works_outside_of_the_checkout(installed: P
     explained = json.loads(
         run([command, "explain", "LLA", "--shape", "1,2,256,64", "--mask", "causal", "--json"], tmp_path)
     )
-    assert [(stage["stage"], stage["direction"]) for stage in explained["stages"]][0] == ("core_solve", "forward")
+    first = explained["stages"][0]
+    assert (first["stage"], first["direction"]) == ("core_solve", "forward")
     (tmp_path / "mine.py").write_text("import parallax_compile as plx\nVARIANT = plx.SOFTMAX\n", encoding="utf-8")
     assert "SOFTMAX" in run([command, "explain", "mine:VARIANT", "--shape", "1,2,256,64"], tmp_path)
     assert run([command, "--version"], tmp_path).strip().endswith(plx.__version__)
