@@ -12,16 +12,29 @@ import torch
 from .. import templates
 from . import cpu, elementwise  # noqa: F401  (elementwise registers its lowerings)
 from .candidates import SPECIALIZED_GROUPS, SPECIALIZED_STAGES, padded
-from .mod_graphs import digest, is_always_true, is_elementary, is_identity
+from .inductor_shared import (
+    LN2,
+    LOG2E,
+    Mod,
+    allocate,
+    backward_mod,
+    distinct,
+    flat,
+    forward_mod,
+    inline,
+    node_layouts,
+    precision,
+    realized,
+    shared_memory_limit,
+    tma_possible,
+)
+from .mod_graphs import digest, is_always_true, is_elementary
 from .operator import BlockMaskOperands, attention_backward, attention_forward
 from .plan import Plan, Problem, make_plan
 from .solve import attention_solve
 from .torch_compat import inductor
 from .torch_compat_gluon import has_gluon
 from .tuned import ask, offered
-
-LOG2E = 1.4426950408889634
-LN2 = 0.6931471805599453
 
 # Groups of heads of persistent kernels: larger ones balance better, and past the cache still gain (benchmarks/NOTES.md).
 _CACHED_BYTES = 64 * 2**20
@@ -60,63 +73,6 @@ _TEMPLATES = {
 
 
 @dataclass
-class _Mod:
-    """A mod as the templates take it: its inlined value, its captured tensors, and in the backward its joint graph."""
-
-    value: Any
-    buffers: list[Any]
-    identity: bool
-    joint: Any = None
-    digest: str = ""
-
-    @property
-    def grad(self) -> Any:
-        return self.joint.grad_input if self.joint is not None else self.value
-
-    @property
-    def captured_grads(self) -> list[Any]:
-        return self.joint.captured_grads_compute if self.joint is not None else []
-
-    @property
-    def mutated(self) -> list[Any]:
-        return self.joint.mutated_grads if self.joint is not None else []
-
-
-def _placeholders(device: torch.device, *, score: bool) -> list[Any]:
-    names = ([("score", torch.float32)] if score else []) + [(name, torch.int32) for name in ("b", "h", "m", "n")]
-    return [inductor.create_placeholder(name, dtype, device) for name, dtype in names]
-
-
-def _realized(buffers: Sequence[Any]) -> list[Any]:
-    realized = inductor.maybe_realize(list(buffers))
-    inductor.freeze_irnodes(realized)
-    return realized
-
-
-def _inline(graph: Any, buffers: Sequence[Any], device: torch.device, *, score: bool) -> Any:
-    value = inductor.build_subgraph_buffer(_placeholders(device, score=score) + list(buffers), graph)
-    inductor.freeze_irnodes(value)
-    return value
-
-
-def _forward_mod(graph: Any, buffers: Sequence[Any], device: torch.device) -> _Mod:
-    traced = graph.graph_module
-    value = _inline(graph, buffers, device, score=True)
-    return _Mod(value, _realized(buffers), is_identity(traced), digest=digest(traced))
-
-
-def _backward_mod(graph: Any, joint: Any, buffers: Sequence[Any], device: torch.device) -> _Mod:
-    mod = _forward_mod(graph, buffers, device)
-    joint.graph_module.graph.eliminate_dead_code()
-    inductor.validate_joint_graph(joint.graph_module.graph)
-    inputs = [*_placeholders(device, score=True), inductor.create_placeholder("grad_score_mod", torch.float32, device)]
-    outputs = inductor.build_subgraph_buffer(inputs + list(buffers), joint)
-    inductor.freeze_irnodes(outputs)
-    mod.joint = inductor.process_joint_outputs(outputs, len(inputs))
-    return mod
-
-
-@dataclass
 class _Call:
     """Everything that the stages of one node share."""
 
@@ -125,8 +81,8 @@ class _Call:
     value: Any
     probe: Any
     block_mask: BlockMaskOperands
-    score_mod: _Mod
-    covariance_mod: _Mod
+    score_mod: Mod
+    covariance_mod: Mod
     mask: Any
     mask_buffers: list[Any]
     has_mask: bool
@@ -186,7 +142,7 @@ class _Call:
 def _call(
     operands: Sequence[Any],
     block_mask: tuple,
-    mods: tuple[_Mod, _Mod],
+    mods: tuple[Mod, Mod],
     mask_buffers: Sequence[Any],
     scale: float,
     intercept: bool,
@@ -213,8 +169,8 @@ def _call(
         probe,
         BlockMaskOperands(*blocks, guard(block_mask[8]), guard(block_mask[9]), mask_graph),  # type: ignore[call-arg]
         *mods,
-        mask=_inline(mask_graph, mask_buffers, device, score=False),
-        mask_buffers=_realized(mask_buffers),
+        mask=inline(mask_graph, mask_buffers, device, score=False),
+        mask_buffers=realized(mask_buffers),
         has_mask=not is_always_true(mask_graph.graph_module),
         scale=scale,
         intercept=intercept,
@@ -245,72 +201,12 @@ def two_terms(node: Any, dtype: torch.dtype) -> tuple[Any, Any]:
 # --- instances of templates -----------------------------------------------------------------------------------------
 
 
-def node_layouts(results: Any = None) -> list[Any]:
-    """The layouts of the node's results as its fake promised them (or of ``results``); None for one that is left out."""
-
-    def expression(size: Any) -> Any:
-        return size.node.expr if isinstance(size, torch.SymInt) else size
-
-    def layout(fake: torch.Tensor | None) -> Any:
-        if fake is None:
-            return None
-        ir = inductor.ir
-        sizes, strides = map(expression, fake.shape), map(expression, fake.stride())
-        # The fakes live on the device of the node, which is not the device that they report when code is generated
-        # for a GPU on a machine without one.
-        return ir.FixedLayout(fake.device, fake.dtype, list(sizes), list(strides))
-
-    promised = inductor.V.graph.current_node.meta["val"] if results is None else results
-    return [layout(fake) for fake in promised if not isinstance(fake, tuple)]
-
-
-def allocate(layout: Any) -> Any:
-    """A buffer of ``layout`` that a kernel writes."""
-    return inductor.empty_strided(layout.size, layout.stride, dtype=layout.dtype, device=layout.device)
-
-
-def precision() -> str:
-    """Precision of float32 products: what ``torch.set_float32_matmul_precision`` says, as flex_attention has it."""
-    return "'ieee'" if torch.get_float32_matmul_precision() == "highest" else "'tf32'"
-
-
-def shared_memory_limit(device: torch.device) -> int:
-    """Bytes of shared memory that one block may use on ``device``."""
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", 101376)
-
-
 def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _zeros_like(node: Any) -> torch.Tensor:
     return torch.zeros([int(size) for size in node.get_size()], dtype=node.get_dtype(), device=node.get_device())
-
-
-def _tma_possible(device: torch.device, tensors: Sequence[Any]) -> bool:
-    """Whether the target has tensor descriptors and each of ``tensors`` can be read through them.
-
-    That takes contiguous rows of which no two are the same memory, and the base and every other stride at multiples of 16
-    bytes.
-    """
-    if torch.cuda.get_device_capability(device) < (9, 0):
-        return False
-    graph = inductor.V.graph
-    multiple = graph.sizevars.statically_known_multiple_of
-
-    def possible(tensor: Any) -> bool:
-        itemsize = tensor.get_dtype().itemsize
-        *strides, innermost = tensor.get_stride()
-        offsets = [*strides, tensor.get_layout().offset]
-        return (
-            innermost == 1
-            and strides[-1] != 0
-            and tensor.get_name() not in graph.unaligned_buffers
-            and all(multiple(offset * itemsize, 16) for offset in offsets)
-        )
-
-    return all(map(possible, tensors))
 
 
 _STREAMED = ("Q", "K", "V", "R", "R_LOW", "ADJOINT", "ADJOINT_LOW", "GRAD_OUT")
@@ -411,7 +307,7 @@ def _instantiate(
         **shape,
         row_tiles=len(call.row_tiles),
         shared_memory_limit=shared_memory_limit(call.device),
-        tma=_tma_possible(call.device, [inputs[name] for name in _STREAMED if name in inputs]),
+        tma=tma_possible(call.device, [inputs[name] for name in _STREAMED if name in inputs]),
         specialized=_specialized_possible(stage, call, problem),
         options=call.options,
         **sparse_sizes,
@@ -424,7 +320,7 @@ def _instantiate(
         # Persistent programs draw their items from it, and leave it at 0.
         generators[len(inputs)] = _zeros_like
         counter = inductor.lowerings[torch.ops.aten.full]([2], 0, dtype=torch.int32, device=call.device)
-        inputs = inputs | {"COUNTER": _realized([counter])[0]}
+        inputs = inputs | {"COUNTER": realized([counter])[0]}
         mutated = [*mutated, inputs["COUNTER"]]
     nodes = [*inputs.values(), *lists]
     specialized = {"PROGRAMS": _multiprocessors(call.device), "HEAD_GROUP": _head_group(problem)}
@@ -461,23 +357,8 @@ def _instantiate(
     out = inductor.autotune(f"parallax_{stage}", choices, distinct(tensors), layout, generators)
     # Inductor looks here for the symbols that a kernel's mods use.
     out.data.data.subgraph_inps = call.captured
-    out.data.data.subgraph_outs = _flat(subgraphs)
+    out.data.data.subgraph_outs = flat(subgraphs)
     return out
-
-
-def distinct(nodes: list[Any]) -> list[Any]:
-    """Each node once."""
-    seen: dict[int, Any] = {}
-    for node in nodes:
-        seen.setdefault(id(node), node)
-    return list(seen.values())
-
-
-def _flat(subgraphs: list[Any]) -> list[Any]:
-    flat: list[Any] = []
-    for subgraph in subgraphs:
-        flat += subgraph if isinstance(subgraph, (list, tuple)) else [subgraph]
-    return flat
 
 
 # --- stages ---------------------------------------------------------------------------------------------------------
@@ -622,7 +503,7 @@ def _lower_forward(*arguments: Any) -> Any:
     device = query.get_device()
     if device.type == "cpu":
         return cpu.lower(cpu.forward, arguments)
-    mods = (_forward_mod(score, buffers[0], device), _forward_mod(covariance, buffers[1], device))
+    mods = (forward_mod(score, buffers[0], device), forward_mod(covariance, buffers[1], device))
     call = _call((query, key, value, probe), block_mask, mods, buffers[2], scale, intercept, options)
     # Whether a backward follows is all that the forward needs to know of the gradients.
     plan = make_plan(call.problem((True,) * 4 if saves else None))
@@ -637,7 +518,7 @@ def _lower_backward(*arguments: Any) -> Any:
     device = query.get_device()
     if device.type == "cpu":
         return cpu.lower(cpu.backward, arguments)
-    mods = tuple(_backward_mod(*parts, device) for parts in zip(forward, joint, buffers[:2], strict=True))
+    mods = tuple(backward_mod(*parts, device) for parts in zip(forward, joint, buffers[:2], strict=True))
     operands = (query, key, value, probe)
     call = _call(operands, block_mask, mods, buffers[2], scale, intercept, options, arguments[21])  # type: ignore[arg-type]
     plan = make_plan(call.problem(tuple(needs_grad)))
@@ -653,7 +534,7 @@ def _lower_backward(*arguments: Any) -> Any:
         name: node if node is None or name == "grad_out" else inductor.ir.ExternKernel.require_contiguous(node)
         for name, node in named.items()
     }
-    named = dict(zip(named, _realized(list(named.values())), strict=True))
+    named = dict(zip(named, realized(list(named.values())), strict=True))
     layouts = node_layouts()
     grads = dict.fromkeys(("query", "key", "value", "probe"))
     for stage in plan.direction("backward"):
@@ -675,8 +556,8 @@ def _lower_solve(*arguments: Any) -> Any:
     score, block_mask, scale, intercept, solver, *buffers = rest
     if query.get_device().type == "cpu":
         return cpu.lower(cpu.solve, arguments)
-    mod = _forward_mod(score, buffers[0], query.get_device())
-    mods = (mod, _Mod(mod.value, [], True))
+    mod = forward_mod(score, buffers[0], query.get_device())
+    mods = (mod, Mod(mod.value, [], True))
     operands = (query, key, key if value is None else value, None)
     call = _call(operands, block_mask, mods, buffers[1], scale, intercept, solver)
     plan = make_plan(call.problem(None))
@@ -689,7 +570,7 @@ def _lower_solve(*arguments: Any) -> Any:
     rows = {"RIDGE": ridge, "RIGHT": right, "PROBE": probe, "GRAD_MEAN": grad_mean}
     given = {name: dense(node) for name, node in rows.items() if node is not None}
     given |= {} if grad_out is None else {"GRAD_OUT": grad_out}
-    given = dict(zip(given, _realized(list(given.values())), strict=True))
+    given = dict(zip(given, realized(list(given.values())), strict=True))
     row_terms = dict(zip(("FIRST", "SECOND", "ITERATIONS", "RESIDUAL"), map(allocate, row_layouts), strict=True))
     out = allocate(out_layout)
     inputs = {"Q": call.query, "K": call.key, "V": call.value, **given, **row_terms, "OUT": out}
@@ -719,7 +600,7 @@ def _lower_solve(*arguments: Any) -> Any:
     return x, out, *row_terms.values()
 
 
-def _captured_grads(mod: _Mod) -> tuple:
+def _captured_grads(mod: Mod) -> tuple:
     """Gradients of a mod's captured tensors: summed in float32 by the kernel, cast to the tensors' dtypes."""
     return tuple(
         None if grad is None else inductor.to_dtype(grad, buffer.get_dtype())

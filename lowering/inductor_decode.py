@@ -11,19 +11,19 @@ from . import cpu
 from .append import append  # noqa: F401  (its lowering is here)
 from .candidates import decode_candidates, padded
 from .decode import as_core, attention_decode, empty_statistics
-from .inductor import (
+from .inductor_shared import (
     LN2,
     LOG2E,
-    _flat,
-    _forward_mod,
-    _inline,
-    _realized,
-    _tma_possible,
     allocate,
     distinct,
+    flat,
+    forward_mod,
+    inline,
     node_layouts,
     precision,
+    realized,
     shared_memory_limit,
+    tma_possible,
 )
 from .mod_graphs import is_always_true
 from .plan import Cut, decode_cut
@@ -81,7 +81,7 @@ def _choose(
             generators[position] = lambda node: _filled(node, 0)
     out = inductor.autotune(f"parallax_{stage}", choices, distinct(tensors), layout, generators)
     out.data.data.subgraph_inps = captured
-    out.data.data.subgraph_outs = _flat(subgraphs)
+    out.data.data.subgraph_outs = flat(subgraphs)
     return out
 
 
@@ -196,9 +196,9 @@ def _lower_decode(*arguments: Any) -> Any:
     operands = {"Q": query, "K": key, "V": value, "R": probe, "LENGTHS": lengths, "PAGES": pages}
     operands |= {"KEY_SCALE": key_scale, "VALUE_SCALE": value_scale}
     inputs = {name: _operand(node) for name, node in operands.items() if node is not None}
-    mods = (_forward_mod(score, buffers[0], device), _forward_mod(covariance, buffers[1], device))
-    predicate = _inline(mask[-1], buffers[2], device, score=False)
-    captured = [*mods[0].buffers, *mods[1].buffers, *_realized(buffers[2])]
+    mods = (forward_mod(score, buffers[0], device), forward_mod(covariance, buffers[1], device))
+    predicate = inline(mask[-1], buffers[2], device, score=False)
+    captured = [*mods[0].buffers, *mods[1].buffers, *realized(buffers[2])]
     subgraphs = [mods[0].value, mods[1].value, predicate]
 
     batch, q_heads, q_length, width = query.get_size()
@@ -261,7 +261,7 @@ def _lower_decode(*arguments: Any) -> Any:
         cache_itemsize=key.get_dtype().itemsize,
         shared_memory_limit=shared_memory_limit(device),
         # The copy engine would not see what the program itself has just written.
-        tma=not paged and new is None and _tma_possible(device, [inputs["K"], inputs["V"]]),
+        tma=not paged and new is None and tma_possible(device, [inputs["K"], inputs["V"]]),
         options=options,
     )
     cuts = [cut(candidate.block_n, candidate.programs) for candidate in found]

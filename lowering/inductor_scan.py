@@ -10,7 +10,7 @@ import torch
 from .. import templates
 from . import scan, scan_products, scan_solve
 from .candidates import padded
-from .inductor import allocate, distinct, node_layouts, precision, shared_memory_limit
+from .inductor_shared import allocate, distinct, node_layouts, precision, shared_memory_limit
 from .plan import CHUNK, scan_segments
 from .scan_step import scan_step  # noqa: F401  (its lowering is here)
 from .torch_compat import inductor, inline_in_lowering
