@@ -123,8 +123,19 @@ def matrix_product(device: str) -> tuple[Callable[[], Tensor], float]:
     return lambda: left @ right, 2.0 * size**3
 
 
-def measure(case: Case, contenders: list[Contender], device: str, rounds: int, repeats: int) -> dict[str, Any]:
-    """Measure ``contenders`` on one case, round by round in turn; one that fails is named with the reason."""
+def measure(
+    case: Case,
+    contenders: list[Contender],
+    device: str,
+    rounds: int,
+    repeats: int,
+    alone: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> dict[str, Any]:
+    """Measure ``contenders`` on one case, round by round in turn; one that fails is named with the reason.
+
+    Args:
+        alone: what the timed part runs within, where other processes compile or measure at the same time.
+    """
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     inputs, grad = operands(case, device, dtype)
     clock, (product, product_flops) = Clock(device), matrix_product(device)
@@ -152,11 +163,12 @@ def measure(case: Case, contenders: list[Contender], device: str, rounds: int, r
             calls = {key: call for key, call in calls.items() if key[0] != contender.name}
     samples: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
     product_samples: list[float] = []
-    for _ in range(rounds):
-        product_samples += clock(product, repeats)
-        for key, call in calls.items():
-            call()  # what the contender before left in caches and clocks is not this one's
-            samples[key] += clock(call, repeats)
+    with alone():
+        for _ in range(rounds):
+            product_samples += clock(product, repeats)
+            for key, call in calls.items():
+                call()  # what the contender before left in caches and clocks is not this one's
+                samples[key] += clock(call, repeats)
     rate = product_flops / summary(product_samples)["ms"] / 1e9
     for (name, direction), times in samples.items():
         found = summary(times)

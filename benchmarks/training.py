@@ -3,19 +3,27 @@
     python benchmarks/training.py [--case 4k d64 ...] [--contender NAME ...] [--json PATH] [--plots DIR] [--quick]
 
 Milliseconds are medians of interleaved rounds with a cold L2; TFLOP/s count the matrix products that the method needs at
-least (Parallax 4 forward and 8 backward, softmax 2 and 5). Needs a CUDA GPU; ``--device cpu --quick`` tries the harness itself.
+least (Parallax 4 forward and 8 backward, softmax 2 and 5). ``--parallel`` builds every case in a process of its own, all at
+once; their timed parts still run one after the other, when all are built (seconds of first calls then say little). Needs a
+CUDA GPU; ``--device cpu --quick`` tries the harness itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import multiprocessing
+import queue
 import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import CONTENDERS, Case, cases
+from contenders import CONTENDERS, Case, Contender, cases
 from measure import Clock, accuracy, measure
 from record import environment
 from report import accuracy_table, case_table, goals_table, plots
@@ -41,6 +49,92 @@ def visited_pairs(case: Case, device: str) -> int:
     return blocks * mask.BLOCK_SIZE[0] * mask.BLOCK_SIZE[1]
 
 
+def accuracies(contender: Contender, device: str, quick: bool) -> dict[str, Any]:
+    """Errors of a contender at each width, ours with keys at an offset too, by label; a failure's reason in their place."""
+    found: dict[str, Any] = {}
+    offsets = (0.0, 10.0) if "ours" in contender.name else (0.0,)
+    for width, offset in ((width, offset) for width in ((16,) if quick else (64, 128)) for offset in offsets):
+        label = f"{contender.name}, D={width}" + (f", keys offset {offset:g} sigma" if offset else "")
+        if contender.absent(cases(device)["4k"], device) is None:
+            try:
+                found[label] = accuracy(contender, width, device, offset)
+            except Exception as error:  # a contender that cannot run is a result, not a failure of the run
+                found[label] = f"{type(error).__name__}: {str(error)[:200]}"
+    return found
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process measures: a case with all contenders, or without one the accuracy of a contender."""
+
+    case: str | None
+    contenders: tuple[str, ...]
+    device: str
+    rounds: int
+    repeats: int
+    quick: bool
+
+    def run(self, alone: Any = contextlib.nullcontext) -> dict[str, Any]:
+        """The case's entry of the record, or errors by label."""
+        chosen = [entry for entry in CONTENDERS if entry.name in self.contenders]
+        if self.case is None:
+            return accuracies(chosen[0], self.device, self.quick)
+        case = cases(self.device)[self.case]
+        found = measure(case, chosen, self.device, self.rounds, self.repeats, alone)
+        return found | {"visited_pairs": visited_pairs(case, self.device)}
+
+
+def _in_process(job: Job, index: int, built: Any, turn: Any, results: Any) -> None:
+    """Run ``job``; its timed part when all processes have built theirs, and no other is timing."""
+
+    @contextlib.contextmanager
+    def alone() -> Iterator[None]:
+        with contextlib.suppress(threading.BrokenBarrierError):  # another one failed or is late: no reason to wait
+            built.wait()
+        with turn:
+            yield
+
+    try:
+        found: Any = job.run(alone)
+        if job.case is None:
+            with alone():  # it counts among those that are waited for: none computes while another is timed
+                pass
+    except Exception as error:
+        built.abort()
+        found = f"{type(error).__name__}: {str(error)[:300]}"
+    results.put((index, found))
+
+
+def outcomes(jobs: list[Job], parallel: bool, patience: float) -> Iterator[tuple[Job, Any]]:
+    """Each job with what it gave, in the jobs' order.
+
+    Args:
+        parallel: each in a process of its own.
+        patience: seconds that a built case waits for the others.
+    """
+    if not parallel:
+        yield from ((job, job.run()) for job in jobs)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    built, turn, results = spawn.Barrier(len(jobs), timeout=patience), spawn.Lock(), spawn.Queue()
+    workers = [
+        spawn.Process(target=_in_process, args=(job, i, built, turn, results), daemon=True)
+        for i, job in enumerate(jobs)
+    ]
+    for worker in workers:
+        worker.start()
+    held: dict[int, Any] = {}
+    for index, job in enumerate(jobs):
+        while index not in held:
+            with contextlib.suppress(queue.Empty):
+                number, found = results.get(timeout=5)
+                held[number] = found
+                continue
+            if not workers[index].is_alive():
+                held[index] = f"its process ended with {workers[index].exitcode}"
+        yield job, held.pop(index)
+
+
 def main() -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -50,6 +144,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=5, help="timed calls of each contender in a round")
     parser.add_argument("--quick", action="store_true", help="two rounds of two")
+    parser.add_argument("--parallel", action="store_true", help="build the cases in processes of their own")
+    parser.add_argument("--patience", type=float, default=300.0, help="seconds that a built case waits for the others")
     parser.add_argument("--json", type=Path, help="write every number here, after each case")
     parser.add_argument("--plots", type=Path, help="write roofline.png and lengths.png here")
     arguments = parser.parse_args()
@@ -75,24 +171,23 @@ def main() -> int:
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
             arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
-    for name in names:
-        case = known[name]
-        found = measure(case, contenders, arguments.device, rounds, repeats)
-        found["visited_pairs"] = visited_pairs(case, arguments.device)
-        record["cases"].append(found)
+    chosen = tuple(contender.name for contender in contenders)
+    about = {"device": arguments.device, "rounds": rounds, "repeats": repeats, "quick": arguments.quick}
+    jobs = [Job(name, chosen, **about) for name in names] + [Job(None, (name,), **about) for name in chosen]
+    for job, found in outcomes(jobs, arguments.parallel, arguments.patience):
+        if isinstance(found, str):
+            print(f"{job.case or 'accuracy of ' + job.contenders[0]} failed: {found}", flush=True)
+        elif job.case is None:
+            for label, errors in found.items():
+                if isinstance(errors, str):
+                    print(f"accuracy of {label} failed: {errors}")
+                else:
+                    record["accuracy"][label] = errors
+        else:
+            record["cases"].append(found)
+            print(f"\n{job.case} {found['shape']}, matrix product {found['matmul_tflops']:.0f} TFLOP/s")
+            print(case_table(found), flush=True)
         write()
-        print(f"\n{name} {found['shape']}, matrix product {found['matmul_tflops']:.0f} TFLOP/s")
-        print(case_table(found), flush=True)
-    for contender in contenders:
-        widths = (16,) if arguments.quick else (64, 128)
-        offsets = (0.0, 10.0) if contender.name.endswith("ours") else (0.0,)
-        for width, offset in ((width, offset) for width in widths for offset in offsets):
-            label = f"{contender.name}, D={width}" + (f", keys offset {offset:g} sigma" if offset else "")
-            if contender.absent(known["4k"], arguments.device) is None:
-                try:
-                    record["accuracy"][label] = accuracy(contender, width, arguments.device, offset)
-                except Exception as error:  # as above
-                    print(f"accuracy of {label} failed: {type(error).__name__}: {str(error)[:200]}")
     write()
     print("\n" + accuracy_table(record) + "\n\n" + goals_table(record))
     if arguments.plots:
