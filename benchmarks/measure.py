@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from contenders import Case, Contender
+from together import Alone
 from torch import Tensor
 
 import parallax_compile as plx
@@ -129,12 +130,12 @@ def measure(
     device: str,
     rounds: int,
     repeats: int,
-    alone: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    alone: Alone = contextlib.nullcontext,
 ) -> dict[str, Any]:
     """Measure ``contenders`` on one case, round by round in turn; one that fails is named with the reason.
 
     Args:
-        alone: what the timed part runs within, where other processes compile or measure at the same time.
+        alone: what the timed part runs within.
     """
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     inputs, grad = operands(case, device, dtype)
