@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -54,6 +55,7 @@ _APPENDED_AT_ONCE = 16  # new keys that a program writes at once
 _APPENDED_ON_THE_WAY = 16  # new keys that a decode kernel writes itself, at most
 _ROWS_WITH_LATE_SUMS = 32  # most rows of a tile whose sums are kept apart for each key: more leave no registers
 _BATCH_BLOCK = 256  # sequences whose lengths a program reads at once, at most
+_LEAST_PACKED = 32  # columns of values, so that half of them is a tile of the tensor cores
 _MERGED_NUMBERS = 8192  # of partial sums that a merge holds at once
 
 
@@ -216,6 +218,8 @@ def _lower_decode(*arguments: Any) -> Any:
     group = q_heads // kv_heads
     batch = batch if _int(batch) is None else int(batch)
     has_probe = probe is not None
+    half = cache["EIGHT_BITS"] and query.get_dtype().itemsize == 2
+    covariance_mod = has_probe and not mods[1].identity
     common = {
         "SCALE": scale,
         "GQA": group,
@@ -226,7 +230,10 @@ def _lower_decode(*arguments: Any) -> Any:
         "PROBE_SPLIT": has_probe and probe.get_dtype().itemsize > query.get_dtype().itemsize,
         "INTERCEPT": intercept,
         "SCORE_MOD": not mods[0].identity,
-        "COVARIANCE_MOD": has_probe and not mods[1].identity,
+        "COVARIANCE_MOD": covariance_mod,
+        "HALF": half,
+        "PACKED": half and not covariance_mod and value_width >= _LEAST_PACKED and _in_pairs(inputs["V"]),
+        "UNIT_OF_SCORES": _unit_of_scores(width, key) if half else 1.0,
         "HAS_MASK": not is_always_true(mask[-1].graph_module),
         "HAS_WINDOW": window is not None,
         "BEHIND": window or 0,
@@ -354,6 +361,23 @@ def _lower_decode(*arguments: Any) -> Any:
         raise error
     out = _choose("decode_merge", merge_inputs, out_layout, choices, [], [])
     return out, statistics["LSE"], statistics["PROBE_MEAN"]
+
+
+def _in_pairs(values: Any) -> bool:
+    """Whether 8-bit values can be read two columns at a time, as 16-bit numbers."""
+    graph = inductor.V.graph
+    *strides, innermost = values.get_stride()
+    even = [*strides, values.get_layout().offset, values.get_size()[3]]
+    multiple = graph.sizevars.statically_known_multiple_of
+    return (
+        innermost == 1 and values.get_name() not in graph.unaligned_buffers and all(multiple(size, 2) for size in even)
+    )
+
+
+def _unit_of_scores(width: int, key: Any) -> float:
+    """A power of two in whose units no difference of two probe scores passes float16, for a probe whose numbers are below 2."""
+    largest = 2 * 2 * width * torch.finfo(key.get_dtype()).max
+    return 2.0 ** max(0, math.ceil(math.log2(largest / torch.finfo(torch.float16).max)))
 
 
 def _merged_at_once(value_width: int, parts: int, own: Cut) -> int:
