@@ -141,7 +141,7 @@ def measure(
     inputs, grad = operands(case, device, dtype)
     clock, (product, product_flops) = Clock(device), matrix_product(device)
     rows: dict[str, dict[str, Any]] = {}
-    calls: dict[tuple[str, str], Callable[[], Any]] = {}
+    calls: dict[tuple[str, str], Replay] = {}
     torch._dynamo.reset()
     for contender in contenders:
         row = rows[contender.name] = {"method": contender.method}
@@ -157,8 +157,8 @@ def measure(
                 seconds = time.perf_counter() - start
                 with _peak_memory(device) as peak:
                     call()
-                row[direction] = {"first_call_s": seconds, **peak}
-                calls[contender.name, direction] = call
+                replay = calls[contender.name, direction] = Replay(call, device)
+                row[direction] = {"first_call_s": seconds, **peak, "clock": replay.kind}
         except Exception as error:  # a contender that cannot run is a result, not a failure of the run
             row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
             calls = {key: call for key, call in calls.items() if key[0] != contender.name}

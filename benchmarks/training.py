@@ -2,7 +2,8 @@
 
     python benchmarks/training.py [--case 4k d64 ...] [--contender NAME ...] [--json PATH] [--plots DIR] [--quick]
 
-Milliseconds are medians of interleaved rounds with a cold L2; TFLOP/s count the matrix products that the method needs at
+Milliseconds are medians of interleaved rounds with a cold L2, each run a replayed CUDA graph where it can be captured (the
+host's time is no part of them); TFLOP/s count the matrix products that the method needs at
 least (Parallax 4 forward and 8 backward, softmax 2 and 5). Needs a CUDA GPU; ``--device cpu --quick`` tries the harness itself.
 """
 
