@@ -407,11 +407,11 @@ def case_row(name: str, row: dict[str, Any]) -> list[Any]:
 SWEEP: list[dict[str, Any]] = [
     {"BLOCK_N": n, "num_warps": warps, "num_stages": stages, "PROGRAMS_PER_SM": programs, "USE_TMA": tma}
     for n, warps, stages, programs, tma in (
-        (64, 4, 3, 1, False), (64, 4, 3, 2, False), (64, 4, 4, 2, False), (64, 4, 3, 4, False), (64, 4, 5, 1, False),
-        (64, 4, 3, 1, True), (64, 4, 3, 2, True), (64, 4, 4, 2, True), (64, 4, 3, 4, True), (64, 4, 5, 1, True),
-        (128, 4, 3, 1, True), (128, 8, 3, 1, True), (128, 8, 3, 2, True), (128, 8, 3, 1, False),
-        (32, 4, 4, 2, False), (32, 4, 4, 4, False), (32, 4, 4, 4, True), (32, 2, 4, 4, False), (32, 2, 4, 4, True),
-        (32, 2, 6, 2, True), (64, 8, 3, 2, True), (16, 2, 6, 4, False), (32, 1, 4, 8, False), (64, 2, 4, 2, True),
+        (64, 4, 4, 2, False), (64, 4, 3, 2, False), (64, 4, 3, 2, True), (64, 4, 6, 1, True), (64, 4, 5, 1, False),
+        (128, 4, 3, 1, True), (128, 4, 3, 2, False), (128, 8, 3, 1, False), (32, 4, 6, 2, False), (32, 4, 4, 4, False),
+        (32, 2, 4, 4, False), (64, 8, 3, 2, True), (64, 4, 3, 4, False), (64, 4, 3, 4, True), (128, 8, 3, 1, True),
+        (32, 4, 4, 2, False), (32, 4, 4, 4, True), (32, 2, 4, 4, True), (32, 2, 6, 2, True), (16, 2, 6, 4, False),
+        (32, 1, 4, 8, False), (64, 2, 4, 2, True),
     )
 ]  # fmt: skip
 
