@@ -75,6 +75,7 @@ def cases(quick: bool) -> list[Case]:
     """The matrix: shapes, dtypes, members, masks, mods, layouts."""
     causal = plx.masks.causal()
     window = plx.masks.sliding_window(100)
+    documents = causal & plx.masks.document((torch.arange(1000) // 300).to("cuda"))
     found = [
         Case("plain"),
         Case("causal", mask=causal),
@@ -120,6 +121,16 @@ def cases(quick: bool) -> list[Case]:
             Case("no intercept", spec=plx.PARALLAX.replace(intercept=False), mask=causal),
             Case("keys offset 10 sigma D=128", mask=causal, key_offset=10.0, width=128),
             Case("dynamic lengths", mask=causal, q_length=333, kv_length=333, dynamic=True),
+            Case("documents", spec=plx.SOFTMAX, mask=documents, width=128, q_length=1000, kv_length=1000),
+        )
+    ]
+    # Where the default is the specialised kernel.
+    found += [
+        replace(case, name=f"Triton, {case.name}", options={"fwd_WARP_SPECIALIZED": False})
+        for case in (
+            Case("causal", mask=causal, q_length=1500, kv_length=1500),
+            Case("softmax D=128", spec=plx.SOFTMAX, mask=causal, width=128, q_length=1111, kv_length=1111),
+            Case("documents", spec=plx.SOFTMAX, mask=documents, width=128, q_length=1000, kv_length=1000),
         )
     ]
     for dtype in ("fp16", "fp32"):

@@ -155,13 +155,16 @@ def _fla(case: Case, device: str) -> Call:
     return lambda q, k, v, r: parallel_parallax(*(x.transpose(1, 2) for x in (q, r, k, v))).transpose(1, 2)
 
 
-SPECIALIZED = {"fwd_WARP_SPECIALIZED": True}
+SPECIALIZED, TRITON = {"fwd_WARP_SPECIALIZED": True}, {"fwd_WARP_SPECIALIZED": False}
+"""The two kernels of the forward on Hopper: what our default chooses between."""
 
 CONTENDERS = (
     Contender("parallax, ours", "parallax", _ours(plx.PARALLAX), plain_only=False, on_cpu=True),
     Contender("softmax, ours", "softmax", _ours(plx.SOFTMAX), plain_only=False, on_cpu=True),
     Contender("parallax, ours, specialised", "parallax", _ours(plx.PARALLAX, SPECIALIZED)),
+    Contender("parallax, ours, Triton", "parallax", _ours(plx.PARALLAX, TRITON)),
     Contender("softmax, ours, specialised", "softmax", _ours(plx.SOFTMAX, SPECIALIZED)),
+    Contender("softmax, ours, Triton", "softmax", _ours(plx.SOFTMAX, TRITON)),
     Contender("softmax, flex_attention", "softmax", _flex, plain_only=False),
     Contender("softmax, cuDNN", "softmax", _sdpa("CUDNN_ATTENTION")),
     Contender("softmax, FA2", "softmax", _sdpa("FLASH_ATTENTION")),

@@ -63,6 +63,7 @@ class Replay:
 
     def __init__(self, call: Callable[[], Any], device: str) -> None:
         self._run, self.kind = call, "call"
+        self._call = call  # holds the tensors that the graph reads and nobody else might keep, as a block mask's
         if device != "cuda":
             return
         side = torch.cuda.Stream()

@@ -15,10 +15,12 @@ import parallax_compile as plx
 
 
 def commit() -> str:
-    """This tree's commit; where git is not, what PARALLAX_COMMIT says."""
+    """What PARALLAX_COMMIT says, for a copy of the tree whose git is not the tree's; else this tree's commit."""
+    if told := os.environ.get("PARALLAX_COMMIT"):
+        return told
     here = Path(__file__).parent
     found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=here, check=False)
-    return found.stdout.strip() or os.environ.get("PARALLAX_COMMIT", "unknown")
+    return found.stdout.strip() or "unknown"
 
 
 def environment(device: str) -> dict[str, Any]:

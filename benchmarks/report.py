@@ -172,26 +172,29 @@ def plots(record: Record, folder: Path) -> str:
     from matplotlib import pyplot
 
     folder.mkdir(parents=True, exist_ok=True)
+    named = dict.fromkeys(name for case in record["cases"] for name in case["contenders"])
+    style = {name: {"color": f"C{i % 10}", "marker": "os^Dv"[i % 5]} for i, name in enumerate(named)}
+
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     ceiling = max(case["matmul_tflops"] for case in record["cases"])
     bandwidth = record.get("copy_gb_s", 0) or 1.0
-    reach = [2**i for i in range(4, 15)]
+    reach = [2**i for i in range(6, 14)]
     axes.loglog(reach, [min(ceiling, x * bandwidth / 1e3) for x in reach], "k-", label="matrix product, copy")
-    for name in {name for case in record["cases"] for name in case["contenders"]}:
+    for name in named:
         points = [
             (row[name]["forward"]["intensity"], row[name]["forward"]["tflops"])
             for row in (case["contenders"] for case in record["cases"])
             if "ms" in row.get(name, {}).get("forward", {})
         ]
         if points:
-            axes.plot(*zip(*points, strict=True), "o", label=name)
-    axes.set(xlabel="FLOP / byte (each tensor moved once)", ylabel="TFLOP/s, forward")
-    axes.legend(fontsize=7)
-    figure.savefig(folder / "roofline.png", dpi=150, bbox_inches="tight")
+            axes.plot(*zip(*points, strict=True), linestyle="", label=name, **style[name])
+    axes.set(xlabel="FLOP / byte (each tensor moved once)", ylabel="TFLOP/s, forward", ylim=(50, 1000))
+    axes.legend(fontsize=7, loc="lower right")
+    figure.savefig(folder / "roofline.png", dpi=120, bbox_inches="tight")
+
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    sizes = [case for case in record["cases"] if case["case"] == "16k" or case["case"].startswith("length")]
-    sizes += [case for case in record["cases"] if case["case"] == "4k"]
-    for name in {name for case in sizes for name in case["contenders"]}:
+    sizes = [case for case in record["cases"] if case["case"] in ("4k", "16k") or case["case"].startswith("length")]
+    for name in named:
         # Work of a token: milliseconds of a million tokens, because batches differ.
         points = sorted(
             (case["shape"][3], case["contenders"][name]["both"]["ms"] / (case["shape"][0] * case["shape"][3]) * 1e6)
@@ -199,10 +202,10 @@ def plots(record: Record, folder: Path) -> str:
             if "ms" in case["contenders"].get(name, {}).get("both", {})
         )
         if points:
-            axes.loglog(*zip(*points, strict=True), "o-", label=name)
-    axes.set(xlabel="length", ylabel="ms per million tokens, forward + backward")
+            axes.loglog(*zip(*points, strict=True), linestyle="-", label=name, **style[name])
+    axes.set(xlabel="length", ylabel="ms per million tokens, forward + backward, D = 128")
     axes.legend(fontsize=7)
-    figure.savefig(folder / "lengths.png", dpi=150, bbox_inches="tight")
+    figure.savefig(folder / "lengths.png", dpi=120, bbox_inches="tight")
     return f"plots in {folder}"
 
 

@@ -298,8 +298,7 @@ def candidates(
     if forced.pop("specialized", False) and (
         stage in SPECIALIZED_STAGES or _names_stage(stage, "WARP_SPECIALIZED", options)
     ):
-        # Never unasked: as generated they have run in the tests' interpreter only, not in benchmarks/check_device.py on a GPU.
-        listed = _specialized_table(stage, width, value_width, bool(row_tiles)) if listed is None else listed
+        listed = specialized_table(stage, width, value_width, bool(row_tiles)) if listed is None else listed
         _check_specialized(stage, specialized and tma and bool(listed), forced)
     found: list[Candidate] = []
     for candidate in table(stage, width, value_width, itemsize, row_tiles, tf32) if listed is None else listed:
@@ -343,16 +342,17 @@ def table(
     return [Candidate(*values) for values in rows]  # type: ignore[arg-type]  # the fifth of a row is a bool
 
 
-def stages() -> list[str]:
-    """The stages that the table has candidates for."""
-    return list(dict.fromkeys(stage for stage, _, _ in _TABLE))
-
-
-def _specialized_table(stage: str, width: int, value_width: int, probe: bool) -> list[Candidate]:
+def specialized_table(stage: str, width: int, value_width: int, probe: bool) -> list[Candidate]:
+    """A stage's warp-specialised candidates, best first, taken where they are asked for or were measured to be best."""
     return [
         Candidate(64, block_n, 4, stages, tma=True, specialized=True, overlap=overlap)
         for block_n, stages, overlap in _SPECIALIZED_TABLE.get((stage, probe, _row(width, value_width)), ())
     ]
+
+
+def stages() -> list[str]:
+    """The stages that the table has candidates for."""
+    return list(dict.fromkeys(stage for stage, _, _ in _TABLE))
 
 
 def _row(width: int, value_width: int) -> int:
@@ -418,7 +418,7 @@ class DecodeCandidate:
 
 
 # (bytes of a cached number, padded width up to) -> BLOCK_N, warps, stages, programs, tma, best first. Guesses: of them only
-# (64, 4, 3, 2) of (2, 128) has been timed on a GPU (benchmarks/NOTES.md); `benchmarks/decode.py --sweep` times the rest.
+# the first of (2, 128) has been timed on a GPU (benchmarks/NOTES.md); `benchmarks/decode.py --sweep` times the rest.
 _DECODE_TABLE: dict[tuple[int, int], _Row] = {
     (2, 64): ((64, 4, 4, 2), (128, 4, 3, 2), (64, 4, 3, 4), (32, 4, 4, 4)),
     (2, 128): (
@@ -477,11 +477,16 @@ def decode_candidates(
             "keys lie at multiples of 16 bytes, and no key to append. Leave it out."
         )
 
-    def memory(candidate: DecodeCandidate) -> int:
-        stream = candidate.block_n * (d + dv) * cache_itemsize * max(1, candidate.num_stages)
+    def memory(candidate: DecodeCandidate, in_flight: int) -> int:
+        stream = candidate.block_n * (d + dv) * cache_itemsize * max(1, in_flight)
         # An 8-bit tile is converted on its way, through a tile of the queries' numbers.
         converted = candidate.block_n * (d + dv) * itemsize if cache_itemsize != itemsize else 0
         return stream + converted + itemsize * rows * (2 * d + candidate.block_n)
+
+    def resident(candidate: DecodeCandidate) -> bool:
+        # The tile that is computed on shares its buffer with one in flight; a block has 1 kB more than it asks for.
+        used = memory(candidate, candidate.num_stages - 1) + 1024
+        return candidate.programs * used <= shared_memory_limit + 1024
 
     found: list[DecodeCandidate] = []
     for values in _DECODE_TABLE[min(cache_itemsize, 4), row]:
@@ -489,13 +494,16 @@ def decode_candidates(
         if candidate.tma and not tma and "tma" not in forced:
             continue
         candidate = replace(candidate, **forced)
+        # There are as many splits as programs that shall run at once: what does not fit would begin when the others end.
+        while "num_stages" not in forced and candidate.num_stages > 2 and not resident(candidate):
+            candidate = replace(candidate, num_stages=candidate.num_stages - 1)
         if candidate not in found:
             found.append(candidate)
-    feasible = [candidate for candidate in found if memory(candidate) <= shared_memory_limit]
+    feasible = [candidate for candidate in found if memory(candidate, candidate.num_stages) <= shared_memory_limit]
     if feasible:
         return feasible
     smallest = replace(found[-1], num_stages=forced.get("num_stages", 1))
-    if forced and memory(smallest) > shared_memory_limit:
+    if forced and memory(smallest, smallest.num_stages) > shared_memory_limit:
         raise InputError(
             f"kernel_options need more shared memory for decoding than the {shared_memory_limit} bytes of the target: "
             f"{smallest}. Make BLOCK_N or num_stages smaller."

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from .candidates import Candidate, padded, table
+from .candidates import Candidate, padded, specialized_table, table
 
 __all__ = ["EFFORTS", "SPACES", "Effort", "Space", "explore", "registers"]
 
@@ -57,7 +57,10 @@ EFFORTS: dict[str, int | None] = {"quick": 10, "normal": 32, "full": None}
 
 
 def explore(stage: str, width: int, value_width: int, itemsize: int, has_probe: bool) -> list[Candidate]:
-    """The candidates of a stage's space, the table's first, then by how little their tiles read for what they compute."""
+    """The candidates of a stage's space, the tables' first, then by how little their tiles read for what they compute.
+
+    Warp-specialised ones are among them for every target; :func:`.candidates.candidates` leaves them out where there are none.
+    """
     rows = table(stage, width, value_width, itemsize, has_probe)
     space = SPACES.get(stage)
     found = list(_around(rows)) if space is None else list(_combined(space))
@@ -68,7 +71,8 @@ def explore(stage: str, width: int, value_width: int, itemsize: int, has_probe: 
         m, n = candidate.block_m, candidate.block_n
         return (-m * n / (m + n), candidate.held, abs(candidate.num_stages - 3), not candidate.tma)
 
-    return list(dict.fromkeys([*rows, *sorted(found, key=reads)]))
+    specialized = specialized_table(stage, width, value_width, has_probe) if itemsize == 2 else []
+    return list(dict.fromkeys([*rows, *specialized, *sorted(found, key=reads)]))
 
 
 def registers(stage: str, candidate: Candidate, width: int, value_width: int, has_probe: bool) -> float:

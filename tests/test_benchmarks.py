@@ -75,7 +75,7 @@ def test_the_harness_runs_and_its_record_renders(tmp_path: Path) -> None:
 
 
 def test_the_page_is_what_its_record_gives() -> None:
-    record = BENCHMARKS / "results" / "training-h100-2026-11-24.json"
+    record = BENCHMARKS / "results" / "training-h100-2026-11-25.json"
     command = [sys.executable, str(BENCHMARKS / "report.py"), str(record), "--check"]
     done = subprocess.run(command, check=False, env=ENVIRONMENT)
     assert done.returncode == 0

@@ -116,7 +116,8 @@ def test_only_inputs_that_require_a_gradient_get_a_stage() -> None:
 
 def test_dynamic_lengths_are_symbols_of_the_kernel() -> None:
     fixed, dynamic = generate(backward=False), generate(backward=False, dynamic=True)
-    assert "'ks0': " in dynamic.kernels[0].source and "'ks0': " not in fixed.kernels[0].source
+    forward = [code.stage("core_forward").source for code in (fixed, dynamic)]
+    assert ["'ks0': " in source for source in forward] == [False, True]
     assert any(isinstance(argument, int) for argument in dynamic.graphs[0].arguments or ())
 
 
@@ -278,13 +279,15 @@ FAMILY = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}
 def test_the_forward_compiles_to_machine_code(target: str) -> None:
     code = generate(target=target, backward=False)
     compiled = cubin.compile_kernel(code.stage("core_forward"), target)
-    assert set(compiled.asm) == set(cubin.STAGES) and not compiled.missing
+    # A kernel in Gluon has no text before the one with layouts.
+    missing = {"ttir"} if "@gluon.jit" in compiled.kernel.source else set()
+    assert set(compiled.missing) == missing and set(compiled.asm) == set(cubin.STAGES) - missing
     assert compiled.asm["cubin"][:4] == b"\x7fELF"
     assert FAMILY[target] in compiled.instructions
     resources = compiled.resources
     assert resources.registers and 32 < resources.registers <= 255
     assert compiled.fits and 0 < resources.shared_memory <= resolve(target).shared_memory_per_block
-    assert resources.num_warps == compiled.kernel.parameters["num_warps"]
+    assert resources.num_warps == (12 if missing else compiled.kernel.parameters["num_warps"])
 
 
 def test_the_backward_compiles_to_machine_code_with_what_inductor_fuses() -> None:

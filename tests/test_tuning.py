@@ -162,7 +162,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
         return {"seconds": 0.0, "resources": resources}
 
     monkeypatch.setattr(compile_pool, "compiled", compiled)
-    for effort, count in (("quick", 5), ("normal", 7)):
+    for effort, count in (("quick", 7), ("normal", 9)):
         monkeypatch.setitem(EFFORTS, effort, count)
     with tuned.using(Store(tmp_path / "store")) as store:
         yield store
