@@ -48,7 +48,6 @@ __all__ = [
     "ProxyTorchDispatchMode",
     "TransformGetItemToIndex",
     "UnsupportedAliasMutationException",
-    "assume_constant_result",
     "check_arity",
     "compile_fx",
     "create_fw_bw_graph",
@@ -57,7 +56,6 @@ __all__ = [
     "inline_in_lowering",
     "length_hint",
     "mark_static",
-    "mark_static_address",
     "missing_symbols",
     "outside_of_tracing",
     "raise_input",
@@ -136,6 +134,8 @@ FENCED: dict[str, tuple[str, ...]] = {
     "torch._inductor:list_mode_options": ("mode",),
     "torch._inductor.compile_fx:compile_fx": ("model_", "example_inputs_", "inner_compile", "config_patches"),
     "torch._inductor.ir:ComputedBuffer": (),
+    "torch._inductor.ir:ExternKernelAlloc.__init__": ("layout", "inputs"),
+    "torch._inductor.codegen.wrapper:PythonWrapperCodegen.writeline": ("line",),
     "torch._inductor.ir:FixedLayout.__init__": ("device", "dtype", "size", "stride"),
     "torch._inductor.ir:FlexibleLayout.contiguous_strides": ("sizes",),
     "torch._inductor.ir:IRNode": (),
@@ -356,8 +356,6 @@ def register_dynamo_operator(
 
 
 mark_static = torch._dynamo.mark_static  # heads and widths stay constants, so that grids and scales do
-mark_static_address = torch._dynamo.mark_static_address
-assume_constant_result = torch._dynamo.assume_constant_result
 
 
 # --- inductor -------------------------------------------------------------------------------------------------------
@@ -418,6 +416,26 @@ class _Inductor:
         select = _resolve("torch._inductor.select_algorithm:autotune_select_algorithm")
         found = select(name, choices, inputs, layout, input_gen_fns=input_gen_fns)
         return found[0] if isinstance(found, tuple) else found
+
+    def found_at_each_call(self, expression: str, header: Sequence[str], layout: Any) -> Any:
+        """A buffer that generated code gets from ``expression``, and whose memory it neither frees nor gives to others.
+
+        Args:
+            expression: Python, in a wrapper that has ``device`` and ``get_raw_stream``.
+            header: lines that stand once where the wrapper imports.
+            layout: of the buffer.
+        """
+        ir, graph = self.ir, self.V.graph
+
+        class Found(ir.ExternKernelAlloc):  # type: ignore[name-defined, misc]
+            def codegen(self, wrapper: Any) -> None:
+                for line in header:
+                    wrapper.add_import_once(line)
+                wrapper.writeline(f"{self.get_name()} = {expression}")
+
+        found = Found(layout, [])
+        graph.never_reuse_buffers.add(found.get_name())
+        return ir.TensorBox.create(found)
 
 
 inductor = _Inductor()

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 import parallax_compile as plx
 
 from .oracle import low_precision
 
-__all__ = ["Call"]
+__all__ = ["Call", "random_blocks"]
 
 
 @dataclass
@@ -152,3 +153,22 @@ class Call:
             if not torch.equal(got.float().nan_to_num(7.0), wanted.float().nan_to_num(7.0)):
                 return False
         return True
+
+
+def random_blocks(
+    capacity: int, lists: int, sizes: tuple[int, int], mask_mod: Callable[..., Tensor]
+) -> tuple[BlockMask, Callable[[Tensor, Tensor], Tensor]]:
+    """A block mask of random kinds over positions, whose full blocks its ``mask_mod`` knows nothing of, for 4 query heads.
+
+    Returns:
+        The block mask, and ``keep(row, column)``: bool ``[4, rows, columns]`` by positions ``[rows, 1]`` and ``[columns]``.
+    """
+    blocks = [-(-capacity // size) for size in sizes]
+    kinds = torch.randint(0, 3, (1, lists, *blocks), generator=torch.Generator().manual_seed(3), dtype=torch.int8)
+
+    def keep(row: Tensor, column: Tensor) -> Tensor:
+        kind = kinds[0][:, row.clamp(min=0) // sizes[0], column // sizes[1]]
+        zero, head = torch.tensor(0), torch.arange(4)[:, None, None]
+        return (kind == 2) | ((kind == 1) & mask_mod(zero, head, row, column))
+
+    return plx.masks.from_kinds(kinds, (capacity, capacity), sizes, mask_mod), keep
