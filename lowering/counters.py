@@ -7,7 +7,10 @@ buffer of each device, so that a call allocates nothing; where that is used up, 
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
@@ -27,8 +30,24 @@ class _Reserve:
     of_streams: dict[int, Tensor] = field(default_factory=dict)
 
 
+_in_code = ContextVar("_in_code", default=True)
 _reserves: dict[torch.device, _Reserve] = {}
 _lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def no_counters() -> Iterator[None]:
+    """Code that is generated meanwhile has no counters: it will run without us."""
+    token = _in_code.set(False)
+    try:
+        yield
+    finally:
+        _in_code.reset(token)
+
+
+def has_counters() -> bool:
+    """Whether the code that is being generated may have counters."""
+    return _in_code.get()
 
 
 def prepare(device: torch.device) -> None:

@@ -12,6 +12,7 @@ from ..errors import InputError
 from . import cpu
 from .append import append  # noqa: F401  (its lowering is here)
 from .candidates import decode_candidates, padded
+from .counters import has_counters
 from .decode import as_core, attention_decode, empty_statistics
 from .inductor_shared import (
     LN2,
@@ -364,8 +365,8 @@ def split_keys(
             has_probe=has_probe,
             block_n=block_n,
             programs=programs * torch.cuda.get_device_properties(device).multi_processor_count,
-            # Generated C++ has no counters.
-            merge="stage" if inductor.V.graph.cpp_wrapper else options.get("MERGE"),
+            # C++ wrappers do not ask for counters either.
+            merge=options.get("MERGE") if has_counters() and not inductor.V.graph.cpp_wrapper else "stage",
         )
 
     stacked = cut(64, 1).rows * (2 if has_probe else 1)

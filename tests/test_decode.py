@@ -18,13 +18,14 @@ from parallax_compile.lowering.plan import decode_cut
 from support.decoding import Call, random_blocks
 from support.oracle import budget, relative_error
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 import parallax_compile as plx
 from parallax_compile import masks
 from parallax_compile.block_masks import block_kinds
 from parallax_compile.errors import InputError, InputTypeError, UnsupportedError
 
+LISTS = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
 CAUSAL, WINDOW = plx.masks.causal(), plx.masks.sliding_window(21)
 
 
@@ -451,6 +452,18 @@ def test_nothing_spills(cache: torch.dtype, queries: int) -> None:
     table, lengths = empty(4, 64, dtype=torch.int32), empty(4, dtype=torch.int32)
     call = lambda q, k, v, r, n, t: plx.decode(q, k, v, r, cache_seqlens=n, page_table=t)
     code = codegen.generate(call, (query, keys, keys, query, lengths, table), target="sm_90", backward=False)
+    if queries == 1 and cache == torch.bfloat16:
+        counts, indices = empty(1, 1, 8, dtype=torch.int32), empty(1, 1, 8, 8, dtype=torch.int32)
+
+        def blocks(*x: Tensor) -> Tensor:
+            lists = dict(zip(LISTS, x[6:], strict=True))
+            mask = BlockMask.from_kv_blocks(**lists, mask_mod=CAUSAL, seq_lengths=(1024, 1024))
+            return plx.decode(*x[:4], cache_seqlens=x[4], page_table=x[5], block_mask=mask)
+
+        given = (query, keys, keys, query, lengths, table, counts, indices, counts, indices)
+        found = codegen.generate(blocks, given, target="sm_90", backward=False)
+        (kernel,) = [kernel for kernel in found.kernels if kernel.stage is not None]
+        assert cubin.compile_kernel(kernel, "sm_90").resources.spills == 0
     for kernel in code.kernels:
         compiled = cubin.compile_kernel(kernel, "sm_90")
         assert compiled.fits and compiled.resources.spills == 0
