@@ -323,6 +323,10 @@ def split_keys(
     if most_keys is not None:
         most_keys = max(1, most_keys - first_key)
     kv_block = guard(rows.kv_block) if sparse else 1
+    if sparse and capacity is not None:
+        # The tiles of a list are those of whole blocks; of one block that is longer than all keys, those of the keys.
+        kv_block = min(kv_block, padded(capacity)) if kv_block > capacity else kv_block
+        most_keys = -(-capacity // kv_block) * kv_block
     group = q_heads // kv_heads
     batch = batch if _int(batch) is None else int(batch)
     has_probe = probe is not None

@@ -35,6 +35,7 @@ from torch._higher_order_ops.utils import (
 )
 from torch._ops import HigherOrderOperator
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, set_original_aten_op, track_tensor_tree
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.attention.flex_attention import _vmap_for_bhqkv
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
@@ -68,6 +69,7 @@ __all__ = [
     "set_original_aten_op",
     "settled_when_traced",
     "skip_frames_of",
+    "statically_known_true",
     "trace_artifact",
     "trace_mod",
     "traced_while_loop",
@@ -98,6 +100,7 @@ FENCED: dict[str, tuple[str, ...]] = {
     "torch._dynamo.utils:proxy_args_kwargs": ("args", "kwargs"),
     "torch._dynamo.side_effects:SideEffects.clone": (),
     "torch.fx.experimental.symbolic_shapes:ShapeEnv.create_symintnode": ("sym", "hint"),
+    "torch.fx.experimental.symbolic_shapes:statically_known_true": ("x",),
     "torch._dynamo.eval_frame:skip_code": (),
     "torch._higher_order_ops.flex_attention:create_fw_bw_graph": ("score_mod", "index_values", "other_buffers"),
     "torch._higher_order_ops.while_loop:while_loop_op": (),

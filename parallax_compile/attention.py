@@ -25,7 +25,7 @@ from .lowering.mlir import forms
 from .lowering.operator import attention_forward
 from .lowering.plan import FEWEST_KEYS_TO_SPLIT, MOST_ROWS_TO_SPLIT, chunked_scan, split_choice
 from .lowering.scan import State
-from .lowering.torch_compat import mark_static, raise_input, result_problem, vectorize_mod
+from .lowering.torch_compat import mark_static, raise_input, result_problem, statically_known_true, vectorize_mod
 from .spec import PARALLAX, SOFTMAX, AttentionSpec, Gradient, Solved
 
 __all__ = ["AuxOutput", "AuxRequest", "attention", "flex_attention"]
@@ -403,15 +403,16 @@ def _weights(call: _Call, block_mask: BlockMask | None) -> probes.Weights:
 def _needs_no_lists(call: _Call, operands: tuple[Tensor, ...]) -> bool:
     """Whether the plan will split the keys (:func:`.plan.splits_keys`), and the spec's mask needs no lists of blocks.
 
-    Of a length that is a symbol only the compiler knows; then, as where a mod captures what needs a gradient, the lists are
-    left out for the core too, which reads every key for its few rows.
+    Where a mod captures what needs a gradient the lists are left out for the core too, which reads every key for its few rows.
     """
     query, key, spec = call.query, call.key, call.spec
     choice = split_choice(call.kernel_options)
     gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in operands)
     if choice:
         validation.check_split_keys(spec, call.covariance_mod is not None, gradient, call.block_mask, query, key)
-    few = query.size(2) <= MOST_ROWS_TO_SPLIT and key.size(2) >= FEWEST_KEYS_TO_SPLIT
+    # Without a guard on lengths that are symbols: they are what an export leaves open.
+    short = statically_known_true(key.size(2) < FEWEST_KEYS_TO_SPLIT)
+    few = statically_known_true(query.size(2) <= MOST_ROWS_TO_SPLIT) and not short
     alone = spec.mask_mod is not None and call.block_mask is None and spec.probe.kind != "solved"
     return alone and not gradient and (few if choice is None else choice)
 
