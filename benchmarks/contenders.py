@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from parallax_compile.lowering.codegen import fresh
 from torch import Tensor
 
 import parallax_compile as plx
@@ -109,7 +110,7 @@ def _ours(spec: plx.AttentionSpec, options: dict[str, Any] | None = None) -> Cal
             probe = None if chosen.probe.kind == "zero" else r
             return plx.attention(q, k, v, probe, spec=chosen, block_mask=mask, enable_gqa=gqa, kernel_options=options)
 
-        return torch.compile(call, fullgraph=True)
+        return torch.compile(fresh(call), fullgraph=True)  # contenders share the code of `call`: not its compile cache
 
     return build
 

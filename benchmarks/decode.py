@@ -5,7 +5,7 @@
 A time is one call's share of the replay of a graph that calls on several caches in turn, more of them than the L2 cache holds,
 so that no call finds its keys there ("hot" repeats one cache). Errors are against float64. Two floors stand beside each time:
 bytes of keys and values over the peak bandwidth, and over that of a copy in this run. ``--sweep`` times our candidates.
-Needs a CUDA GPU; ``--check`` compares our results with the float64 reference in many forms first.
+Needs a CUDA GPU.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from parallax_compile.lowering.codegen import fresh
 from parallax_compile.lowering.targets import resolve
 from record import environment
 from tabulate import tabulate
+from together import Alone, outcomes
 from torch import Tensor
 
 import parallax_compile as plx
@@ -280,15 +281,24 @@ def host_time(call: Call, s: Set, repeats: int = 200) -> float:
     return spent
 
 
-def measure(
-    case: Case, names: dict[str, tuple[str, str | None, Callable[[Case], Call]]], rounds: int
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Job:
+    """A case, the names of who takes part, and the rounds."""
+
+    case: str
+    contenders: tuple[str, ...]
+    rounds: int
+
+
+def measure(job: Job, alone: Alone) -> dict[str, Any]:
     """Times of the contenders on one case, in interleaved rounds."""
+    case, names = cases()[job.case], {name: CONTENDERS[name] for name in job.contenders}
     count = sets_needed(case)
     sets = make_sets(case, count)
     calls = max(count, min(40, int(4e9 / case.bytes) // count * count or count))
     rows: dict[str, Any] = {}
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    built: dict[str, Call] = {}
     torch._dynamo.reset()
     for name, (method, module, build) in names.items():
         row = rows[name] = {"method": method}
@@ -311,18 +321,21 @@ def measure(
             want = exact(case, sets[0], method)
             row["error"] = float((got[: want.size(0)].double() - want).norm() / want.norm())
             row["same_bits"] = bool(torch.equal(got, again))
-            row["host_us"] = host_time(call, sets[0])
             graphs[name] = capture(call, sets, calls)
+            built[name] = call
         except Exception as error:  # a contender that cannot run is a result, not a failure of the run
             row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
     samples: dict[str, list[float]] = {name: [] for name in graphs}
-    for _ in range(rounds):
-        for name, graph in graphs.items():
-            samples[name] += replays(graph, calls, 5)
+    with alone():
+        for _ in range(job.rounds):
+            for name, graph in graphs.items():
+                samples[name] += replays(graph, calls, 5)
+        for name in graphs:
+            rows[name]["host_us"] = host_time(built[name], sets[0])
     for name, found in samples.items():
         rows[name]["us"] = statistics.median(found)
         rows[name]["us_least"] = min(found)
-    del graphs, sets
+    del graphs, sets, built
     torch.cuda.empty_cache()
     return {"case": case.name, "bytes": case.bytes, "caches": count, "contenders": rows}
 
@@ -394,35 +407,17 @@ def case_row(name: str, row: dict[str, Any]) -> list[Any]:
 SWEEP: list[dict[str, Any]] = [
     {"BLOCK_N": n, "num_warps": warps, "num_stages": stages, "PROGRAMS_PER_SM": programs, "USE_TMA": tma}
     for n, warps, stages, programs, tma in (
-        (64, 4, 3, 1, False), (64, 4, 3, 2, False), (64, 4, 4, 2, False), (64, 4, 3, 4, False), (64, 4, 5, 1, False),
-        (64, 4, 3, 1, True), (64, 4, 3, 2, True), (64, 4, 4, 2, True), (64, 4, 3, 4, True), (64, 4, 5, 1, True),
-        (128, 4, 3, 1, True), (128, 8, 3, 1, True), (128, 8, 3, 2, True), (128, 8, 3, 1, False),
-        (32, 4, 4, 2, False), (32, 4, 4, 4, False), (32, 4, 4, 4, True), (32, 2, 4, 4, False), (32, 2, 4, 4, True),
-        (32, 2, 6, 2, True), (64, 8, 3, 2, True), (16, 2, 6, 4, False), (32, 1, 4, 8, False), (64, 2, 4, 2, True),
+        (64, 4, 4, 2, False), (64, 4, 3, 2, False), (64, 4, 3, 2, True), (64, 4, 6, 1, True), (64, 4, 5, 1, False),
+        (128, 4, 3, 1, True), (128, 4, 3, 2, False), (128, 8, 3, 1, False), (32, 4, 6, 2, False), (32, 4, 4, 4, False),
+        (32, 2, 4, 4, False), (64, 8, 3, 2, True), (64, 4, 3, 4, False), (64, 4, 3, 4, True), (128, 8, 3, 1, True),
+        (32, 4, 4, 2, False), (32, 4, 4, 4, True), (32, 2, 4, 4, True), (32, 2, 6, 2, True), (16, 2, 6, 4, False),
+        (32, 1, 4, 8, False), (64, 2, 4, 2, True),
     )
 ]  # fmt: skip
 
 
 def label(options: dict[str, Any]) -> str:
     return " ".join(str(int(value)) for value in options.values())
-
-
-def _warm(task: tuple[str, dict[str, Any] | None, str]) -> None:
-    """Compile into the shared caches, in a process of its own."""
-    name, options, member = task
-    case = cases()[name]
-    sets = make_sets(case, 1)
-    with torch.no_grad():
-        ours(getattr(plx, member), options)(case)(sets[0])
-    torch.cuda.synchronize()
-
-
-def warm(tasks: list[tuple[str, dict[str, Any] | None, str]], workers: int) -> None:
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for task, future in [(task, pool.submit(_warm, task)) for task in tasks]:
-            error = future.exception()
-            if error is not None:
-                print(f"{task}: {type(error).__name__}: {str(error)[-300:]}")
 
 
 def _tensors(case: Case, device: str) -> list[Tensor | None]:
@@ -514,7 +509,7 @@ def main() -> int:
     parser.add_argument("--contender", nargs="*", choices=list(CONTENDERS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write every number here, after each case")
-    parser.add_argument("--workers", type=int, default=0, help="compile in so many processes first")
+    parser.add_argument("--workers", type=int, default=0, help="build so many cases, or candidates of a sweep, at once")
     parser.add_argument("--sweep", nargs="*", type=int, help="time our candidates (all, or those of these numbers)")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -545,23 +540,21 @@ def main() -> int:
         print(tabulate(rows, headers=["N warps stages programs TMA", *names], disable_numparse=True))
         write()
         return 0
-    contenders = {
-        name: entry for name, entry in CONTENDERS.items() if not arguments.contender or name in arguments.contender
-    }
-    if arguments.workers:
-        members = [entry.split(",")[0].upper() for entry in contenders if "ours" in entry]
-        warm([(name, None, member) for name in names for member in members], arguments.workers)
+    contenders = tuple(arguments.contender or CONTENDERS)
     peak = resolve("auto").rates
-    for name in names:
-        case = known[name]
-        found = measure(case, contenders, arguments.rounds)
+    jobs = [Job(name, contenders, arguments.rounds) for name in names]
+    for job, found in outcomes(measure, jobs, arguments.workers):
+        if isinstance(found, str):
+            print(f"{job.case} failed: {found}", flush=True)
+            continue
+        case = known[job.case]
         found["floor_copy_us"] = case.bytes / record["copy_bytes_s"] * 1e6
         found["floor_peak_us"] = case.bytes / peak.bandwidth * 1e6 if peak else None
         record["cases"].append(found)
         write()
         rows = [case_row(other, row) for other, row in found["contenders"].items()]
         peak_us, copy_us = found["floor_peak_us"] or 0.0, found["floor_copy_us"]
-        print(f"\n{name}: floors {peak_us:.1f} us (peak), {copy_us:.1f} us (copy), {found['caches']} caches")
+        print(f"\n{job.case}: floors {peak_us:.1f} us (peak), {copy_us:.1f} us (copy), {found['caches']} caches")
         headers = ["contender", "us", "host us", "error", "same bits", ""]
         print(tabulate(rows, headers=headers, disable_numparse=True), flush=True)
     record["goals"] = goals(record)

@@ -1,10 +1,10 @@
 """The family beside its peers: errors against float64, times, goals, growth with the length. One row at a time, resumable.
 
-    python benchmarks/family.py --json benchmarks/results/family.json [--seconds 150] [--match TEXT] [--warm 8]
+    python benchmarks/family.py --json benchmarks/results/family.json [--seconds 150] [--match TEXT] [--at-once 16]
 
 A record that exists is continued: rows that it has are not run again, unless the device or a version differs. ``--seconds``
-starts no row after that time; ``--match`` takes rows whose name contains the text; ``--warm N`` first compiles every row's
-kernels in N processes. ``--quick`` runs small shapes, on a CPU too; ``--show`` prints a record.
+starts no row after that time; ``--match`` takes rows whose name contains the text; ``--at-once N`` builds N rows at once, each
+in a process of its own. ``--quick`` runs small shapes, on a CPU too; ``--show`` prints a record.
 
 Errors: relative, by norm, of out and gradients at (1, 2, 1024, D), and the worst row of out. Times: medians over interleaved
 rounds with a cold L2, each run a replayed CUDA graph where it can be captured (``clock`` says so), so that the host's time is
@@ -14,30 +14,31 @@ no part of them. bf16 on a GPU, float32 on a CPU.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import json
 import math
+import multiprocessing
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from family_contenders import FLA_LINEAR, FLA_MESA, FLASH_LLA, OURS, Contender, Problem, others
+from family_contenders import FLA_LINEAR, FLA_MESA, FLASH_LLA, OURS, Contender, Problem, compile_share, others
 from measure import Clock, Replay, summary
 from record import environment
 from tabulate import tabulate
+from together import Alone, outcomes
 from torch import Tensor
 
 import parallax_compile as plx
 
 DIRECTIONS = ("forward", "both")
 ROUNDS = 3
-ROUND_MS = 1000.0
+PATIENCE = 120.0
+"""Seconds that a built row waits for the others of its wave."""
+ROUND_MS = 300.0
 """A call that takes long is repeated less often: a round of it may take so much."""
 
 
@@ -79,22 +80,21 @@ GROWTH_LENGTHS = (65536, 131072, 262144)
 
 
 def rows(quick: bool = False) -> list[Row]:
-    """Every row, those that say most first."""
+    """Every row, those that say most first: 17 that differ in shape or member, then the same at other ridges."""
     if quick:
         return _quick_rows()
     found = []
-    for width in (64, 128):
-        for ridge, goal in LLA_GOALS.items():
-            found.append(Row("errors", Problem("LLA", 1, 2, 1024, width, ridge), (FLASH_LLA,), goal))
-    for length in (2048, 4096, 1024, 8192):
+    for ridge, goal in LLA_GOALS.items():
+        # Ridges of a shape share their kernels: built at once, the first compiles them for the others.
         for width in (64, 128):
-            for ridge, goal in LLA_GOALS.items():
-                if (ridge, width) == (0.01, 128):
-                    goal = Goal(1 / 1.5, goal.error)
-                found.append(Row("times", Problem("LLA", 1, 16, length, width, ridge), (FLASH_LLA,), goal))
-    found += [Row("times", Problem("AFFINE_LINEAR", *shape), (FLA_LINEAR,), Goal(1.2)) for shape in LINEAR_SHAPES]
-    found.append(Row("errors", Problem("MESA", 1, 2, 1024, 128, 1.0), (FLA_MESA,), Goal(peer_error=True)))
-    found += [Row("times", Problem("MESA", *shape, 1.0), (FLA_MESA,), Goal(2.0)) for shape in MESA_SHAPES]
+            found.append(Row("errors", Problem("LLA", 1, 2, 1024, width, ridge), (FLASH_LLA,), goal))
+            for length in (2048, 4096, 1024, 8192):
+                speed = Goal(1 / 1.5, goal.error) if (ridge, width) == (0.01, 128) else goal
+                found.append(Row("times", Problem("LLA", 1, 16, length, width, ridge), (FLASH_LLA,), speed))
+        if ridge == 1.0:
+            found += [Row("times", Problem("AFFINE_LINEAR", *s), (FLA_LINEAR,), Goal(1.2)) for s in LINEAR_SHAPES]
+            found.append(Row("errors", Problem("MESA", 1, 2, 1024, 128, 1.0), (FLA_MESA,), Goal(peer_error=True)))
+            found += [Row("times", Problem("MESA", *shape, 1.0), (FLA_MESA,), Goal(2.0)) for shape in MESA_SHAPES]
     for member in ("AFFINE_LINEAR", "MESA"):
         ridge = 1.0 if member == "MESA" else None
         found += [Row("times", Problem(member, 1, 16, n, 128, ridge)) for n in GROWTH_LENGTHS[1:]]
@@ -116,9 +116,19 @@ def _quick_rows() -> list[Row]:
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
-def run_row(row: Row, device: str, repeats: int) -> dict[str, Any]:
-    """Measure every contender of ``row``; one that cannot run is named with the reason."""
+@dataclass(frozen=True)
+class Job:
+    """A row, where, and how often a contender is timed in a round."""
+
+    row: Row
+    device: str
+    repeats: int
+
+
+def run_row(job: Job, alone: Alone) -> dict[str, Any]:
+    """Measure every contender of a row; one that cannot run is named with the reason."""
     torch._dynamo.reset()
+    row, device = job.row, job.device
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     operands, grad = row.problem.operands(device, dtype)
     found: dict[str, dict[str, Any]] = {}
@@ -144,7 +154,9 @@ def run_row(row: Row, device: str, repeats: int) -> dict[str, Any]:
             found[name] |= {"errors": _errors(runs.both(), exact), "repeatable": _same_bits(runs.both(), runs.both())}
             found[name] |= runs.notes()
     else:
-        _time({(name, d): getattr(runs, d) for name, runs in built.items() for d in DIRECTIONS}, device, repeats, found)
+        calls = {(name, d): Replay(getattr(runs, d), device) for name, runs in built.items() for d in DIRECTIONS}
+        with alone():
+            _time(calls, device, job.repeats, found)
     return {
         "name": row.name,
         "kind": row.kind,
@@ -180,13 +192,10 @@ def _same_bits(first: tuple[Tensor, list[Tensor | None]], second: tuple[Tensor, 
     return all(a is None or (b is not None and torch.equal(a, b)) for a, b in pairs)
 
 
-def _time(
-    calls: dict[tuple[str, str], Callable[[], Any]], device: str, repeats: int, found: dict[str, dict[str, Any]]
-) -> None:
+def _time(replays: dict[tuple[str, str], Replay], device: str, repeats: int, found: dict[str, dict[str, Any]]) -> None:
     """Fill in milliseconds, round by round in turn."""
     clock = Clock(device)
-    replays = {key: Replay(call, device) for key, call in calls.items()}
-    samples: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
+    samples: dict[tuple[str, str], list[float]] = {key: [] for key in replays}
     each = {key: max(1, min(repeats, int(ROUND_MS / clock(replay, 1)[0]))) for key, replay in replays.items()}
     for _ in range(ROUNDS):
         for key, replay in replays.items():
@@ -242,6 +251,35 @@ def _exponent(points: list[tuple[int, float]]) -> float:
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
     spread = sum((a - mean_x) ** 2 for a in x)
     return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / spread
+
+
+# --- peers that tune themselves -------------------------------------------------------------------------------------
+
+TUNED_PEERS = [
+    (FLASH_LLA, Problem("LLA", 1, 16, 512, 128, 1.0)),
+    (FLASH_LLA, Problem("LLA", 1, 16, 512, 64, 1.0)),
+    (FLA_LINEAR, Problem("AFFINE_LINEAR", 1, 16, 1024, 128)),
+    (FLA_MESA, Problem("MESA", 1, 16, 1024, 128, 1.0)),
+]
+
+
+def compile_peers(processes: int, seconds: float) -> None:
+    """Compile all configurations of the peers' autotuners in ``processes``, once: each row would for itself, one by one."""
+    spawn = multiprocessing.get_context("spawn")
+    order = TUNED_PEERS
+    workers = []
+    for index in range(processes):
+        turned = order[index % len(order) :] + order[: index % len(order)]
+        workers.append(spawn.Process(target=compile_share, args=(index, processes, turned), daemon=True))
+    start = time.monotonic()
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(max(0.0, seconds - (time.monotonic() - start)))
+    late = [worker for worker in workers if worker.is_alive()]
+    for worker in late:
+        worker.kill()
+    print(f"peers' kernels: {time.monotonic() - start:.0f} s, {len(late)} of {processes} processes late", flush=True)
 
 
 # --- the record -----------------------------------------------------------------------------------------------------
@@ -314,35 +352,6 @@ def tables(record: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-# --- running --------------------------------------------------------------------------------------------------------
-
-
-def warm(names: list[str], workers: int, seconds: float, quick: bool) -> None:
-    """Compile the kernels of every row in processes of their own; their caches on disk are what stays."""
-
-    def one(name: str) -> None:
-        command = [sys.executable, __file__, "--exactly", name, "--repeats", "1", *(["--quick"] if quick else [])]
-        left = seconds - (time.monotonic() - start)
-        try:
-            subprocess.run(command, capture_output=True, check=False, timeout=max(left, 1.0))
-        except subprocess.TimeoutExpired:
-            print(f"not warmed in time: {name}", flush=True)
-
-    start = time.monotonic()
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        list(pool.map(one, names))
-    print(f"warmed in {time.monotonic() - start:.0f} s", flush=True)
-
-
-def representatives(chosen: list[Row]) -> list[str]:
-    """One row of each shape and member: its kernels are those of its other ridges."""
-    first: dict[Any, str] = {}
-    for row in chosen:
-        p = row.problem
-        first.setdefault((row.kind, p.member, p.batch, p.heads, p.length, p.width), row.name)
-    return list(first.values())
-
-
 def main() -> int:
     """Measure, print, write; 1 if a contender of ours failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -350,9 +359,15 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="the record; continued if it exists")
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no row after this time")
     parser.add_argument("--match", default="", help="only rows whose name contains this")
-    parser.add_argument("--exactly", help="only the row of this name")
     parser.add_argument("--repeats", type=int, default=10, help=f"of each of {ROUNDS} rounds")
-    parser.add_argument("--warm", type=int, default=0, metavar="N", help="compile first, in N processes")
+    parser.add_argument("--at-once", type=int, default=0, metavar="N", help="build so many rows at once (together.py)")
+    parser.add_argument(
+        "--compile-peers",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="at most so long, in --at-once processes, first",
+    )
     parser.add_argument("--quick", action="store_true", help="small shapes")
     parser.add_argument("--show", type=Path, metavar="RECORD", help="print a record and end")
     arguments = parser.parse_args()
@@ -363,28 +378,28 @@ def main() -> int:
     record = opened(arguments.json, arguments.device)
     done = {row["name"] for row in record["rows"]}
     wanted = [row for row in rows(arguments.quick) if arguments.match in row.name]
-    if arguments.exactly is not None:
-        wanted = [row for row in wanted if row.name == arguments.exactly]
     if not wanted:
         parser.error("no such row. Rows: " + "; ".join(row.name for row in rows(arguments.quick)))
     left = [row for row in wanted if row.name not in done]
-    if arguments.warm:
-        budget = min(arguments.seconds, 3600.0)
-        warm(representatives(left), arguments.warm, budget * 0.6, arguments.quick)
+    if arguments.compile_peers:
+        compile_peers(arguments.at_once or 1, arguments.compile_peers)
     failed = False
-    for row in left:
-        if time.monotonic() - start > arguments.seconds:
-            print(f"out of time: {len(wanted) - len(done)} rows left", flush=True)
-            break
-        begun = time.monotonic()
-        measured = run_row(row, arguments.device, arguments.repeats)
-        done.add(row.name)
+    jobs = [Job(row, arguments.device, arguments.repeats) for row in left]
+    for job, measured in outcomes(run_row, jobs, arguments.at_once, PATIENCE):
+        if isinstance(measured, str):
+            print(f"{job.row.name} failed: {measured}", flush=True)
+            failed = True
+            continue
+        done.add(job.row.name)
         record["rows"].append(measured)
         failed |= "failed" in measured["contenders"]["ours"]
         write(record, arguments.json)
-        print(f"{row.name}: {time.monotonic() - begun:.1f} s, met {measured['met']}", flush=True)
+        print(f"{job.row.name}: at {time.monotonic() - start:.0f} s, met {measured['met']}", flush=True)
         if arguments.device == "cuda":
             torch.cuda.empty_cache()
+        if time.monotonic() - start > arguments.seconds:
+            print(f"out of time: {len(wanted) - len(done)} rows left", flush=True)
+            break
     record["growth"] = growth(record)
     print("\n" + tables(record))
     return int(failed)

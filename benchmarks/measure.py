@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from contenders import Case, Contender
+from together import Alone
 from torch import Tensor
 
 import parallax_compile as plx
@@ -129,18 +130,18 @@ def measure(
     device: str,
     rounds: int,
     repeats: int,
-    alone: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    alone: Alone = contextlib.nullcontext,
 ) -> dict[str, Any]:
     """Measure ``contenders`` on one case, round by round in turn; one that fails is named with the reason.
 
     Args:
-        alone: what the timed part runs within, where other processes compile or measure at the same time.
+        alone: what the timed part runs within.
     """
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     inputs, grad = operands(case, device, dtype)
     clock, (product, product_flops) = Clock(device), matrix_product(device)
     rows: dict[str, dict[str, Any]] = {}
-    calls: dict[tuple[str, str], Callable[[], Any]] = {}
+    calls: dict[tuple[str, str], Replay] = {}
     torch._dynamo.reset()
     for contender in contenders:
         row = rows[contender.name] = {"method": contender.method}
@@ -156,8 +157,8 @@ def measure(
                 seconds = time.perf_counter() - start
                 with _peak_memory(device) as peak:
                     call()
-                row[direction] = {"first_call_s": seconds, **peak}
-                calls[contender.name, direction] = call
+                replay = calls[contender.name, direction] = Replay(call, device)
+                row[direction] = {"first_call_s": seconds, **peak, "clock": replay.kind}
         except Exception as error:  # a contender that cannot run is a result, not a failure of the run
             row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
             calls = {key: call for key, call in calls.items() if key[0] != contender.name}

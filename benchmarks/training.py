@@ -2,22 +2,16 @@
 
     python benchmarks/training.py [--case 4k d64 ...] [--contender NAME ...] [--json PATH] [--plots DIR] [--quick]
 
-Milliseconds are medians of interleaved rounds with a cold L2; TFLOP/s count the matrix products that the method needs at
-least (Parallax 4 forward and 8 backward, softmax 2 and 5). ``--parallel`` builds every case in a process of its own, all at
-once; their timed parts still run one after the other, when all are built (seconds of first calls then say little). Needs a
-CUDA GPU; ``--device cpu --quick`` tries the harness itself.
+Milliseconds are medians of interleaved rounds with a cold L2, each run a replayed CUDA graph where it can be captured (the
+host's time is no part of them); TFLOP/s count the matrix products that the method needs at
+least (Parallax 4 forward and 8 backward, softmax 2 and 5). Needs a CUDA GPU; ``--device cpu --quick`` tries the harness itself.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import multiprocessing
-import queue
 import sys
-import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +21,7 @@ from contenders import CONTENDERS, Case, Contender, cases
 from measure import Clock, accuracy, measure
 from record import environment
 from report import accuracy_table, case_table, goals_table, plots
+from together import Alone, outcomes
 
 import parallax_compile as plx
 
@@ -74,65 +69,15 @@ class Job:
     repeats: int
     quick: bool
 
-    def run(self, alone: Any = contextlib.nullcontext) -> dict[str, Any]:
-        """The case's entry of the record, or errors by label."""
-        chosen = [entry for entry in CONTENDERS if entry.name in self.contenders]
-        if self.case is None:
-            return accuracies(chosen[0], self.device, self.quick)
-        case = cases(self.device)[self.case]
-        found = measure(case, chosen, self.device, self.rounds, self.repeats, alone)
-        return found | {"visited_pairs": visited_pairs(case, self.device)}
 
-
-def _in_process(job: Job, index: int, built: Any, turn: Any, results: Any) -> None:
-    """Run ``job``; its timed part when all processes have built theirs, and no other is timing."""
-
-    @contextlib.contextmanager
-    def alone() -> Iterator[None]:
-        with contextlib.suppress(threading.BrokenBarrierError):  # another one failed or is late: no reason to wait
-            built.wait()
-        with turn:
-            yield
-
-    try:
-        found: Any = job.run(alone)
-        if job.case is None:
-            with alone():  # it counts among those that are waited for: none computes while another is timed
-                pass
-    except Exception as error:
-        built.abort()
-        found = f"{type(error).__name__}: {str(error)[:300]}"
-    results.put((index, found))
-
-
-def outcomes(jobs: list[Job], parallel: bool, patience: float) -> Iterator[tuple[Job, Any]]:
-    """Each job with what it gave, in the jobs' order.
-
-    Args:
-        parallel: each in a process of its own.
-        patience: seconds that a built case waits for the others.
-    """
-    if not parallel:
-        yield from ((job, job.run()) for job in jobs)
-        return
-    spawn = multiprocessing.get_context("spawn")
-    built, turn, results = spawn.Barrier(len(jobs), timeout=patience), spawn.Lock(), spawn.Queue()
-    workers = [
-        spawn.Process(target=_in_process, args=(job, i, built, turn, results), daemon=True)
-        for i, job in enumerate(jobs)
-    ]
-    for worker in workers:
-        worker.start()
-    held: dict[int, Any] = {}
-    for index, job in enumerate(jobs):
-        while index not in held:
-            with contextlib.suppress(queue.Empty):
-                number, found = results.get(timeout=5)
-                held[number] = found
-                continue
-            if not workers[index].is_alive():
-                held[index] = f"its process ended with {workers[index].exitcode}"
-        yield job, held.pop(index)
+def run(job: Job, alone: Alone) -> dict[str, Any]:
+    """The case's entry of the record, or errors by label."""
+    chosen = [entry for entry in CONTENDERS if entry.name in job.contenders]
+    if job.case is None:
+        return accuracies(chosen[0], job.device, job.quick)
+    case = cases(job.device)[job.case]
+    found = measure(case, chosen, job.device, job.rounds, job.repeats, alone)
+    return found | {"visited_pairs": visited_pairs(case, job.device)}
 
 
 def main() -> int:
@@ -144,8 +89,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=5, help="timed calls of each contender in a round")
     parser.add_argument("--quick", action="store_true", help="two rounds of two")
-    parser.add_argument("--parallel", action="store_true", help="build the cases in processes of their own")
-    parser.add_argument("--patience", type=float, default=300.0, help="seconds that a built case waits for the others")
+    parser.add_argument("--at-once", type=int, default=0, metavar="N", help="build so many cases at once (together.py)")
     parser.add_argument("--json", type=Path, help="write every number here, after each case")
     parser.add_argument("--plots", type=Path, help="write roofline.png and lengths.png here")
     arguments = parser.parse_args()
@@ -174,7 +118,7 @@ def main() -> int:
     chosen = tuple(contender.name for contender in contenders)
     about = {"device": arguments.device, "rounds": rounds, "repeats": repeats, "quick": arguments.quick}
     jobs = [Job(name, chosen, **about) for name in names] + [Job(None, (name,), **about) for name in chosen]
-    for job, found in outcomes(jobs, arguments.parallel, arguments.patience):
+    for job, found in outcomes(run, jobs, arguments.at_once):
         if isinstance(found, str):
             print(f"{job.case or 'accuracy of ' + job.contenders[0]} failed: {found}", flush=True)
         elif job.case is None:

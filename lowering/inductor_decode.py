@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,6 +58,7 @@ _APPENDED_AT_ONCE = 16  # new keys that a program writes at once
 _APPENDED_ON_THE_WAY = 16  # new keys that a decode kernel writes itself, at most
 _ROWS_WITH_LATE_SUMS = 32  # most rows of a tile whose sums are kept apart for each key: more leave no registers
 _BATCH_BLOCK = 256  # sequences whose lengths a program reads at once, at most
+_LEAST_PACKED = 32  # columns of values, so that half of them is a tile of the tensor cores
 _MERGED_NUMBERS = 8192  # of partial sums that a merge holds at once
 
 
@@ -330,6 +332,8 @@ def split_keys(
     group = q_heads // kv_heads
     batch = batch if _int(batch) is None else int(batch)
     has_probe = probe is not None
+    half = cache["EIGHT_BITS"] and query.get_dtype().itemsize == 2
+    covariance_mod = has_probe and not mods[1].identity
     common = {
         "SCALE": rows.scale,
         "GQA": group,
@@ -340,7 +344,10 @@ def split_keys(
         "PROBE_SPLIT": has_probe and probe.get_dtype().itemsize > query.get_dtype().itemsize,
         "INTERCEPT": rows.intercept,
         "SCORE_MOD": not mods[0].identity,
-        "COVARIANCE_MOD": has_probe and not mods[1].identity,
+        "COVARIANCE_MOD": covariance_mod,
+        "HALF": half,
+        "PACKED": half and not covariance_mod and value_width >= _LEAST_PACKED and _in_pairs(inputs["V"]),
+        "UNIT_OF_SCORES": _unit_of_scores(width, key) if half else 1.0,
         "HAS_MASK": not is_always_true(rows.mask.graph_module),
         "HAS_LENGTHS": "LENGTHS" in inputs,
         "FROM_START": "LENGTHS" not in inputs,
@@ -504,6 +511,23 @@ def _within_blocks(found: list[Any], kv_block: int, options: dict[str, Any]) -> 
     largest = kv_block & -kv_block  # the largest power of two that divides it
     fitting = [replace(candidate, block_n=min(candidate.block_n, largest)) for candidate in found]
     return list(dict.fromkeys(fitting))
+
+
+def _in_pairs(values: Any) -> bool:
+    """Whether 8-bit values can be read two columns at a time, as 16-bit numbers."""
+    graph = inductor.V.graph
+    *strides, innermost = values.get_stride()
+    even = [*strides, values.get_layout().offset, values.get_size()[3]]
+    multiple = graph.sizevars.statically_known_multiple_of
+    return (
+        innermost == 1 and values.get_name() not in graph.unaligned_buffers and all(multiple(size, 2) for size in even)
+    )
+
+
+def _unit_of_scores(width: int, key: Any) -> float:
+    """A power of two in whose units no difference of two probe scores passes float16, for a probe whose numbers are below 2."""
+    largest = 2 * 2 * width * torch.finfo(key.get_dtype()).max
+    return 2.0 ** max(0, math.ceil(math.log2(largest / torch.finfo(torch.float16).max)))
 
 
 def _merged_at_once(value_width: int, parts: int, own: Cut) -> int:

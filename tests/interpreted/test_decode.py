@@ -121,12 +121,18 @@ def test_a_batch_that_is_a_symbol() -> None:
     check(call, ["decode_split", "decode_merge"], dynamic=True)
 
 
-@pytest.mark.parametrize("page", [0, 16])
-def test_eight_bits(page: int) -> None:
-    call = Call((40, 0, 98), new=1, page=page, options={"BLOCK_N": 32})
+@pytest.mark.parametrize("page, value_width, size", [(0, 24, 1.0), (16, 48, 1.0), (0, 32, 3.0e5)])
+@pytest.mark.parametrize("mods", [False, True])
+def test_eight_bits(page: int, value_width: int, size: float, mods: bool) -> None:
+    """Values by themselves and by pairs; probes beyond what float16 holds; probe scores that a mod makes."""
+    sizes: Any = {"new": 1, "page": page, "value_width": value_width}
+    if mods:
+        sizes["covariance"] = lambda s, b, h, q, k: s * (1.0 + 0.01 * (k % 7)) + 0.1
+    call = Call((40, 0, 98), options={"BLOCK_N": 32}, **sizes)
     scales = {"k_scale": torch.tensor([[0.5, 0.25]]), "v_scale": 0.125}
     eight = torch.float8_e4m3fn
     inputs = call.fresh()
+    inputs["probe"] *= size
     for name, factor in (("key_cache", 0.5), ("value_cache", 0.125)):
         inputs[name] = (inputs[name] / factor).to(eight)
     other = {name: x.clone() if isinstance(x, Tensor) else x for name, x in inputs.items()}
