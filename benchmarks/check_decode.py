@@ -4,7 +4,8 @@
 
 Each case decodes several steps from caches whose unused memory is NaN, within a CUDA graph that is replayed while the
 lengths on the device grow: output and caches against each sequence by itself in float64, with the budget of an independent
-low-precision computation; the same bits when a step is repeated. Exits with 1 when a case fails.
+low-precision computation; the same bits when a step is repeated. Then calls of ``plx.attention`` with few rows, whose keys the
+plan splits, and decode calls on two streams at once, in graphs and without. Exits with 1 when a case fails.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from tabulate import tabulate
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from support.decoding import Call
-from support.oracle import budget, relative_error
+from support.decoding import Call, random_blocks
+from support.oracle import budget, low_precision, relative_error
 
 import parallax_compile as plx
 
@@ -69,16 +70,92 @@ def cases() -> dict[str, Call]:
         "fp16": Call(lengths, **base, dtype=torch.float16),
         "fp32": Call(lengths, **base, dtype=torch.float32),
         "mods": Call(lengths, **base, score=plx.mods.alibi(8), covariance=plx.mods.tanh_cap(5.0)),
+        "blocks of a mask": Call(lengths, **base, **blocks(1, 8)),
+        "blocks of every head, GQA, pages": Call(
+            lengths, **base | {"q_heads": 32, "new": 4}, queries=4, page=16, **blocks(32, 32)
+        ),
         "300 sequences": Call(tuple(range(0, 900, 3)), **base | {"capacity": 1000, "q_heads": 1, "kv_heads": 1}),
     }
 
 
+def blocks(lists: int, q_heads: int) -> dict[str, Any]:
+    """A random block mask over positions, and what it allows."""
+    block_mask, keep = random_blocks(3072, lists, (128, 128), lambda b, h, q, k: (q + k + h) % 4 != 0, q_heads)
+    return {"block_mask": block_mask, "keep": keep}
+
+
+def few_rows() -> dict[str, Any]:
+    """``plx.attention`` with few rows and no gradient, against the definition."""
+    torch.manual_seed(0)
+    worst, largest = 0.0, 0.0
+    for rows, q_heads, spec, behind in (
+        (1, 8, plx.PARALLAX, 5000),
+        (1, 32, plx.SOFTMAX, 5000),
+        (16, 8, plx.PARALLAX.replace(mask_mod=plx.masks.causal(4984)), 5000),
+        (4, 8, plx.PARALLAX.replace(mask_mod=plx.masks.sliding_window(300, 4996)), 300),
+    ):
+        shapes = [(q_heads, rows), (8, 5000), (8, 5000), (q_heads, rows)][: 3 + (spec.probe.kind == "learned")]
+        given = [torch.randn(2, *shape, 128).bfloat16() for shape in shapes]
+        compiled = torch.compile(lambda *x, spec=spec: plx.attention(*x, spec=spec, enable_gqa=True), dynamic=False)
+        with torch.no_grad():
+            out = compiled(*(x.cuda() for x in given)).cpu()
+        distance = torch.arange(rows)[:, None] + 5000 - rows - torch.arange(5000)
+        mask = (distance >= 0) & (distance < behind) if spec.mask_mod is not None else distance == distance
+        pieces = [*given, None][:4]
+        want, rounded = (
+            low_precision(*(None if x is None else x.to(dtype) for x in pieces), mask=mask)  # type: ignore[arg-type]
+            for dtype in (torch.float64, torch.bfloat16)
+        )
+        error = relative_error(out, want)
+        largest, worst = max(largest, error), max(worst, error / budget(relative_error(rounded, want), torch.bfloat16))
+    return {"error": largest, "over_budget": worst, "same": True}
+
+
+def two_streams() -> dict[str, Any]:
+    """Calls at the same time on two streams, compiled and in graphs, give the bits of calls one after the other."""
+    calls = [Call((2900 - 500 * i, 70 + i), capacity=3000, q_heads=8, kv_heads=8, width=128) for i in range(2)]
+    given = [{k: x.cuda() if isinstance(x, Tensor) else x for k, x in call.fresh().items()} for call in calls]
+    compiled = torch.compile(lambda x: calls[0](x), fullgraph=True, dynamic=False)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    same = True
+    with torch.no_grad():
+        wanted = [compiled(x).clone() for x in given]
+        graphs, held = [], []
+        for x in given:
+            graphs.append(torch.cuda.CUDAGraph())
+            with torch.cuda.graph(graphs[-1]):
+                for _ in range(20):
+                    out = compiled(x)
+            held.append(out)
+        for replayed in (False, True):
+            found: list[Tensor] = []
+            for _ in range(200):
+                found = []
+                for stream, x, graph in zip(streams, given, graphs, strict=True):
+                    with torch.cuda.stream(stream):
+                        if replayed:
+                            graph.replay()
+                        else:
+                            found.append(compiled(x))
+            torch.cuda.synchronize()
+            same &= all(torch.equal(a, b) for a, b in zip(held if replayed else found, wanted, strict=True))
+    return {"error": 0.0, "over_budget": 0.0, "same": same}
+
+
+APART = {"few rows of plx.attention": few_rows, "two streams": two_streams}
+
+
 def run(name: str) -> dict[str, Any]:
     """One case: its worst error over its budget."""
-    call = cases()[name]
     started = time.perf_counter()
+    if name in APART:
+        found = {"case": name, **APART[name]()}
+        passed = found["same"] and found["over_budget"] <= 1
+        return found | {"passed": bool(passed), "s": time.perf_counter() - started}
+    call = cases()[name]
+    block_mask = None if call.block_mask is None else call.block_mask.to("cuda")
     given = {key: x.cuda() if isinstance(x, Tensor) else x for key, x in call.fresh().items()}
-    compiled = torch.compile(lambda x: call(x), fullgraph=True, dynamic=False)
+    compiled = torch.compile(lambda x: call(x, block_mask=block_mask), fullgraph=True, dynamic=False)
     found: dict[str, Any] = {"case": name}
     with torch.no_grad():
         before = {key: given[key].clone() for key in ("key_cache", "value_cache")}
@@ -134,7 +211,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("check_decode.py needs a CUDA GPU.")
         return 2
-    names = [name for name in cases() if arguments.match in name]
+    names = [name for name in (*cases(), *APART) if arguments.match in name]
     results = []
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(arguments.workers, mp_context=context) as pool:

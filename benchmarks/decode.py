@@ -454,8 +454,6 @@ def _generated(task: tuple[str, dict[str, Any]]) -> str:
 
 def _runnable(wrapper: str) -> Call:
     """The call of a generated wrapper, whose arguments it tells apart by shape."""
-    from parallax_compile.lowering.decode import counters_of
-
     module: dict[str, Any] = {"__name__": "generated_wrapper"}
     exec(compile(wrapper, "<generated wrapper>", "exec"), module)
     found = re.findall(r"(arg\d+_1) = rand_strided\((\([^)]*\)), ", wrapper)
@@ -463,10 +461,9 @@ def _runnable(wrapper: str) -> Call:
     order = re.search(r"^ +((?:arg\d+_1, )*arg\d+_1),? = args$", wrapper, re.MULTILINE)
     assert order is not None
     names = order.group(1).split(", ")
-    counters = counters_of(torch.device("cuda", 0))
 
     def call(s: Set) -> Tensor:
-        given = [s.query, s.key, s.value, s.probe, s.lengths, s.table, counters]
+        given = [s.query, s.key, s.value, s.probe, s.lengths, s.table]
         rest = [tensor for tensor in given if tensor is not None]
         arguments = []
         for name in names:

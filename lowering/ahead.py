@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from ..errors import UnsupportedError
 from . import torch_compat_codegen as compat
 from .codegen import LOCK, GeneratedGraph, GeneratedKernel, Recorder, fresh, prepared
+from .counters import no_counters
 from .cubin import CompiledKernel, compile_kernel
 from .targets import Target
 
@@ -79,7 +80,13 @@ def ahead_of_time(
     leaves = prepared(list(inputs), backward)
     tape = _Tape(target, leaves)
     recorder = Recorder(target, execute=tape)
-    with LOCK, compat.deterministic_tracing(), compat.nothing_donated(), torch.set_grad_enabled(backward):
+    with (
+        LOCK,
+        compat.deterministic_tracing(),
+        compat.nothing_donated(),
+        no_counters(),
+        torch.set_grad_enabled(backward),
+    ):
         compiled = torch.compile(fresh(call), backend=recorder.backend, fullgraph=True, dynamic=False)
         out = compiled(*leaves)
         if backward:

@@ -16,13 +16,11 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey
 
-from . import dense
+from . import decode_blocks, dense
 from .mod_operator import COVARIANCE, SCORE, Mod, ModOperator, ModPlace, statistics_dtype
 from .operator import empty_in_layout_of
-from .plan import MOST_COUNTERS
-from .torch_compat import assume_constant_result, mark_static_address
 
-_TENSORS = 9  # of the operator's arguments, the first
+_TENSORS = 8  # of the operator's arguments, the first
 
 
 # --- caches in plain torch ------------------------------------------------------------------------------------------
@@ -80,7 +78,7 @@ def within_keys(mask_mod: Mod, rows: Any) -> Mod:
 
 def as_core(arguments: tuple, dtype: torch.dtype | None = None) -> tuple:
     """The arguments of the core's forward that a decode call's stand for: gathered caches, mods over row numbers."""
-    query, key, value, probe, lengths, page_table, key_scale, value_scale, _ = arguments[:_TENSORS]
+    query, key, value, probe, lengths, page_table, key_scale, value_scale = arguments[:_TENSORS]
     score_mod, covariance_mod, mask, scale, intercept, _, options, *buffers = arguments[_TENSORS:]
     rows = query.size(2)
     total = totals(lengths, options["new_keys"], capacity_of(key, page_table))
@@ -93,7 +91,11 @@ def as_core(arguments: tuple, dtype: torch.dtype | None = None) -> tuple:
         for cache, factor in zip((key, value), factors, strict=True)
     )
     mods = [at_positions(mod, score=True, rows=rows) for mod in (score_mod, covariance_mod)]
-    block_mask = (*(None,) * 8, 1, 1, within_keys(mask[-1], rows))
+    *lists, kv_block, mask_mod = mask
+    if lists[0] is not None:
+        group = query.size(1) // keys.size(1)
+        mask_mod = decode_blocks.within_lists(tuple(lists), kv_block, mask_mod, group)
+    block_mask = (*(None,) * 8, 1, 1, within_keys(mask_mod, rows))
     captured = [(total, *extra) for extra in buffers]
     return query, keys, values, probe, *mods, block_mask, scale, intercept, False, {}, *captured
 
@@ -107,7 +109,6 @@ def _dense(
     page_table: Tensor | None,
     key_scale: Tensor | None,
     value_scale: Tensor | None,
-    counters: Tensor,
     score_mod: Mod,
     covariance_mod: Mod,
     mask: tuple,
@@ -126,9 +127,8 @@ def _dense(
         lengths: keys of each sequence before those that the call appended, int ``[B]``; clamped to the capacity.
         page_table: int ``[B, most pages of a sequence]``, or None; its entries are clamped to the cache.
         key_scale, value_scale: factors of what the caches hold, ``[B or 1, Hkv or 1]`` expanded to ``[B, Hkv]``; None is 1.
-        counters: int32 zeros, which are zeros again afterwards; see :func:`counters_of`.
-        score_mod, covariance_mod, mask: as for the core, at the positions of the rows and keys in their sequence; the
-            mask's tuple holds the predicate alone.
+        score_mod, covariance_mod: as for the core, at the positions of the rows and keys in their sequence.
+        mask: lists of blocks (:func:`.decode_blocks.lists_of`) or four times None, keys of a block, and the predicate.
         scale, intercept: as for the core.
         save_statistics: whether LSE and the mean probe score are wanted; else they are empty.
         options: ``new_keys`` (keys that the call appended, which ``lengths`` does not count), ``window`` (how far back a
@@ -138,7 +138,7 @@ def _dense(
     Returns:
         ``(out, lse, probe_mean)`` of the rows of a batch against their caches.
     """
-    tensors = (query, key_cache, value_cache, probe, lengths, page_table, key_scale, value_scale, counters)
+    tensors = (query, key_cache, value_cache, probe, lengths, page_table, key_scale, value_scale)
     mods, switches = (score_mod, covariance_mod, mask), (scale, intercept, save_statistics, options)
     buffers = (score_mod_buffers, covariance_mod_buffers, mask_mod_buffers)
     out, _, lse, mean = dense.forward(*as_core((*tensors, *mods, *switches, *buffers), statistics_dtype(query)))
@@ -174,23 +174,3 @@ def _no_gradient(*arguments: Any) -> Any:
     # Calls that would need a gradient are refused before they come here (parallax_compile/decoding.py).
     with torch._C._AutoDispatchBelowAutograd():
         return attention_decode(*arguments)
-
-
-# --- counters -------------------------------------------------------------------------------------------------------
-
-_counters: dict[torch.device, Tensor] = {}
-
-
-@assume_constant_result
-def counters_of(device: torch.device) -> Tensor:
-    """The int32 zeros with which the splits of a call count who is last; each call leaves them as it found them.
-
-    Calls on one device share them, so that two calls must not run on it at the same time (on two streams): then the plan of one
-    of them must merge in a stage of its own (``kernel_options={"MERGE": "stage"}``).
-    """
-    found = _counters.get(device)
-    if found is None:
-        found = torch.zeros(MOST_COUNTERS, dtype=torch.int32, device=device)
-        mark_static_address(found)
-        _counters[device] = found
-    return found

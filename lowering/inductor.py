@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from .. import templates
-from . import cpu, elementwise  # noqa: F401  (elementwise registers its lowerings)
+from . import cpu, elementwise, inductor_decode  # noqa: F401  (elementwise registers its lowerings)
 from .candidates import SPECIALIZED_GROUPS, SPECIALIZED_STAGES, padded
 from .inductor_shared import (
     LN2,
@@ -30,7 +30,7 @@ from .inductor_shared import (
 )
 from .mod_graphs import digest, is_always_true, is_elementary
 from .operator import BlockMaskOperands, attention_backward, attention_forward
-from .plan import Plan, Problem, make_plan
+from .plan import Plan, Problem, make_plan, split_choice, splits_keys
 from .solve import attention_solve
 from .torch_compat import inductor
 from .torch_compat_gluon import has_gluon
@@ -182,7 +182,7 @@ def _call(
     )
 
 
-_NOT_FOR_KERNELS = ("cache_salt", "tolerance", "max_iterations")
+_NOT_FOR_KERNELS = ("cache_salt", "tolerance", "max_iterations", "SPLIT_KEYS", "keys")
 
 
 def two_terms(node: Any, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -506,8 +506,33 @@ def _lower_forward(*arguments: Any) -> Any:
     mods = (forward_mod(score, buffers[0], device), forward_mod(covariance, buffers[1], device))
     call = _call((query, key, value, probe), block_mask, mods, buffers[2], scale, intercept, options)
     # Whether a backward follows is all that the forward needs to know of the gradients.
-    plan = make_plan(call.problem((True,) * 4 if saves else None))
-    return _core_forward(call, plan, node_layouts())
+    problem = _few_rows(call, call.problem((True,) * 4 if saves else None), options)
+    if splits_keys(problem):
+        given = {"Q": call.query, "K": call.key, "V": call.value, "R": probe}
+        out, lse, probe_mean = inductor_decode.forward_of_core(
+            given, call.block_mask, mods, buffers[2], scale, intercept, options
+        )
+        return out, allocate(node_layouts()[1]), lse, probe_mean
+    return _core_forward(call, make_plan(problem), node_layouts())
+
+
+def _few_rows(call: _Call, problem: Problem, options: dict[str, Any]) -> Problem:
+    """The problem with what the choice to split its keys depends on."""
+
+    def known(length: Any) -> Any:
+        return int(length) if getattr(length, "is_number", False) else length
+
+    counts: Any = call.block_mask.kv_num_blocks
+    choice = split_choice(options)
+    own_lists = False
+    if counts is not None:
+        one = inductor.V.graph.sizevars.statically_known_equals
+        shared = problem.q_heads == problem.kv_heads or one(counts.get_size()[1], 1)
+        own_lists = not (shared and one(counts.get_size()[2], 1))
+    if choice is None and not inductor.V.graph.is_inference:
+        choice = False
+    lengths = {"q_length": known(problem.q_length), "kv_length": known(problem.kv_length)}
+    return replace(problem, **lengths, split_keys=choice, own_lists=own_lists)
 
 
 @inductor.register_lowering(attention_backward, type_promotion_kind=None)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from .. import templates
+from ..errors import InputError
 from . import cpu
 from .append import append  # noqa: F401  (its lowering is here)
 from .candidates import decode_candidates, padded
+from .counters import has_counters
 from .decode import as_core, attention_decode, empty_statistics
 from .inductor_shared import (
     LN2,
@@ -75,13 +78,19 @@ def _choose(
 ) -> Any:
     tensors = [node for node in (*inputs.values(), *captured) if isinstance(node, inductor.ir.IRNode)]
     generators = {}
-    for position, name in enumerate(inputs):
+    unique = distinct(tensors)
+    for name, node in inputs.items():
+        position = next(i for i, other in enumerate(unique) if other is node)
         # What times candidates gets full caches, pages that exist, and counters at 0.
         if name == "LENGTHS":
             generators[position] = lambda node: _filled(node, 1 << 30)
         elif name in ("PAGES", "COUNTERS"):
             generators[position] = lambda node: _filled(node, 0)
-    out = inductor.autotune(f"parallax_{stage}", choices, distinct(tensors), layout, generators)
+        elif name in ("KV_NUM", "FULL_NUM") and name.replace("NUM", "IDX") in inputs:
+            generators[position] = inductor.create_num_blocks_fake_generator(inputs[name.replace("NUM", "IDX")])
+        elif name in ("KV_IDX", "FULL_IDX"):
+            generators[position] = inductor.create_indices_fake
+    out = inductor.autotune(f"parallax_{stage}", choices, unique, layout, generators)
     out.data.data.subgraph_inps = captured
     out.data.data.subgraph_outs = flat(subgraphs)
     return out
@@ -109,8 +118,8 @@ def _cache_switches(inputs: dict[str, Any], options: dict[str, Any]) -> dict[str
         "LARGEST": torch.finfo(key.get_dtype()).max if eight_bits else 0.0,
         "HAS_KEY_SCALE": "KEY_SCALE" in inputs,
         "HAS_VALUE_SCALE": "VALUE_SCALE" in inputs,
-        "KEY_FACTOR": options["key_factor"],
-        "VALUE_FACTOR": options["value_factor"],
+        "KEY_FACTOR": options.get("key_factor", 1.0),
+        "VALUE_FACTOR": options.get("value_factor", 1.0),
         "APPEND_BLOCK": _APPENDED_AT_ONCE,
     }
 
@@ -143,8 +152,9 @@ def _reader_on_the_way(node: torch.fx.Node, new_keys: Any) -> torch.fx.Node | No
         return None
     given: Any = following.args
     same = (*given[1:3], given[4], *given[5:8]) == (*caches, lengths, *paging)
-    reads_only_there = all(cache not in (given[0], given[3]) for cache in caches)
-    return following if same and reads_only_there and given[15]["new_keys"] == new_keys else None
+    # The tiles of a block mask's lists need not be those of the new keys.
+    reads_only_there = given[10][0] is None and all(cache not in (given[0], given[3]) for cache in caches)
+    return following if same and reads_only_there and given[14]["new_keys"] == new_keys else None
 
 
 @inductor.register_lowering(torch.ops.parallax.append.default, type_promotion_kind=None)
@@ -189,55 +199,166 @@ def _lower_append(*arguments: Any) -> Any:
 @inductor.register_lowering(attention_decode, type_promotion_kind=None)
 def _lower_decode(*arguments: Any) -> Any:
     """Inductor's lowering of :data:`~.decode.attention_decode`."""
-    query, key, value, probe, lengths, pages, key_scale, value_scale, counters = arguments[:9]
-    score, covariance, mask, scale, intercept, save_statistics, options, *buffers = arguments[9:]
+    query, key, value, probe, lengths, pages, key_scale, value_scale = arguments[:8]
+    score, covariance, mask, scale, intercept, save_statistics, options, *buffers = arguments[8:]
     device = query.get_device()
     if device.type == "cpu":
         return cpu.lower(_on_cpu, arguments)
-    guard = inductor.V.graph.sizevars.guard_int
     operands = {"Q": query, "K": key, "V": value, "R": probe, "LENGTHS": lengths, "PAGES": pages}
-    operands |= {"KEY_SCALE": key_scale, "VALUE_SCALE": value_scale}
-    inputs = {name: _operand(node) for name, node in operands.items() if node is not None}
-    mods = (forward_mod(score, buffers[0], device), forward_mod(covariance, buffers[1], device))
-    predicate = inline(mask[-1], buffers[2], device, score=False)
-    captured = [*mods[0].buffers, *mods[1].buffers, *realized(buffers[2])]
-    subgraphs = [mods[0].value, mods[1].value, predicate]
+    operands |= {"KEY_SCALE": key_scale, "VALUE_SCALE": value_scale, **_lists(mask[:4])}
+    rows = _Rows(
+        operands=operands,
+        mods=(forward_mod(score, buffers[0], device), forward_mod(covariance, buffers[1], device)),
+        mask=mask[-1],
+        mask_buffers=buffers[2],
+        scale=scale,
+        intercept=intercept,
+        options=options,
+        kv_block=mask[4],
+    )
+    new = _pending().pop(inductor.V.graph.current_node, None)
+    return split_keys(rows, node_layouts(), save_statistics, new)
+
+
+def forward_of_core(
+    operands: dict[str, Any],
+    block_mask: Any,
+    mods: tuple[Any, Any],
+    mask_buffers: Any,
+    scale: float,
+    intercept: bool,
+    options: dict[str, Any],
+) -> tuple[Any, Any, Any]:
+    """Output, LSE and probe mean of a call of the core whose keys are split (:func:`.plan.splits_keys`).
+
+    Args:
+        operands: ``Q, K, V`` and ``R`` (None without a probe).
+        block_mask: the call's, a :class:`~.operator.BlockMaskOperands`.
+        mods, mask_buffers: inlined mods; tensors that the mask captures.
+        scale, intercept: as for the operator.
+        options: its kernel options; ``keys``, where it is there, bounds the keys that a row sees, by its own number.
+    """
+    own = {name: options[given] for name in ("BLOCK_N", "num_warps", "num_stages", "USE_TMA") for given in (name, "fwd_" + name)
+           if given in options}  # fmt: skip
+    lists = (block_mask.kv_num_blocks, block_mask.kv_indices, block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
+    rows = _Rows(
+        operands=operands | _lists(lists),
+        mods=mods,
+        mask=block_mask.mask_mod,
+        mask_buffers=mask_buffers,
+        scale=scale,
+        intercept=intercept,
+        options=own | {"keys": options.get("keys")},
+        kv_block=block_mask.kv_block,
+    )
+    out, _, lse, mean = node_layouts()
+    return split_keys(rows, [out, lse, mean], True)
+
+
+def _lists(tensors: Any) -> dict[str, Any]:
+    return dict(zip(("KV_NUM", "KV_IDX", "FULL_NUM", "FULL_IDX"), tensors, strict=True))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A call: few rows, and where their keys lie.
+
+    Attributes:
+        operands: by their names in the templates, those that the call lacks None. Without ``LENGTHS`` every key of ``K`` is
+            there, and the rows are numbered from 0.
+        mods: inlined; mask, mask_buffers: the predicate's graph, and what it captures.
+        options: the user's, with the operator's own.
+        kv_block: keys of a block of the lists.
+    """
+
+    operands: dict[str, Any]
+    mods: tuple[Any, Any]
+    mask: Any
+    mask_buffers: Any
+    scale: float
+    intercept: bool
+    options: dict[str, Any]
+    kv_block: Any
+
+
+def _key_bounds(rows: _Rows, q_length: int) -> tuple[int, int | None]:
+    """The first key that rows numbered from 0 see, and the end of what they see; None is the end of all keys."""
+    behind, ahead = rows.options.get("keys") or (None, None)
+    return max(0, behind or 0), None if ahead is None else max(0, q_length + ahead)
+
+
+def split_keys(
+    rows: _Rows, layouts: list[Any], save_statistics: bool, new: tuple[Any, Any] | None = None
+) -> tuple[Any, Any, Any]:
+    """``(out, lse, probe_mean)`` by the decoding kernels.
+
+    Args:
+        layouts: of the three results.
+        save_statistics: whether the last two are wanted.
+        new: keys and values that the kernel appends on its way.
+    """
+    guard = inductor.V.graph.sizevars.guard_int
+    options = rows.options
+    inputs = {name: _operand(node) for name, node in rows.operands.items() if node is not None}
+    query, key, value = inputs["Q"], inputs["K"], inputs["V"]
+    probe: Any = inputs.get("R")
+    device = query.get_device()
+    mods, mask = rows.mods, inline(rows.mask, rows.mask_buffers, device, score=False)
+    captured = [*mods[0].buffers, *mods[1].buffers, *realized(rows.mask_buffers)]
+    subgraphs = [mods[0].value, mods[1].value, mask]
 
     batch, q_heads, q_length, width = query.get_size()
     q_heads, q_length, width, value_width = map(guard, (q_heads, q_length, width, value.get_size()[3]))
-    paged = pages is not None
+    paged, sparse = "PAGES" in inputs, "KV_NUM" in inputs
     cache = _cache_switches(inputs, options)
     kv_heads, page_size = guard(key.get_size()[2 if paged else 1]), cache["PAGE_SIZE"]
-    capacity = _int(key.get_size()[2]) if not paged else _int(pages.get_size()[1])
+    capacity = _int(key.get_size()[2]) if not paged else _int(inputs["PAGES"].get_size()[1])
     if paged and capacity is not None:
         capacity *= page_size
-    window = options["window"]
+    window = None if sparse else options.get("window")
+    first_key, end_key = _key_bounds(rows, q_length)
     most_keys = capacity
     if window is not None:
         most_keys = window + q_length if capacity is None else min(capacity, window + q_length)
+    if end_key is not None:
+        most_keys = end_key if capacity is None else min(capacity, end_key)
+    if most_keys is not None:
+        most_keys = max(1, most_keys - first_key)
+    kv_block = guard(rows.kv_block) if sparse else 1
+    if sparse and capacity is not None:
+        # The tiles of a list are those of whole blocks; of one block that is longer than all keys, those of the keys.
+        kv_block = min(kv_block, padded(capacity)) if kv_block > capacity else kv_block
+        most_keys = -(-capacity // kv_block) * kv_block
     group = q_heads // kv_heads
     batch = batch if _int(batch) is None else int(batch)
     has_probe = probe is not None
     half = cache["EIGHT_BITS"] and query.get_dtype().itemsize == 2
     covariance_mod = has_probe and not mods[1].identity
     common = {
-        "SCALE": scale,
+        "SCALE": rows.scale,
         "GQA": group,
         "Q_LEN": q_length,
         **cache,
         "HAS_PROBE": has_probe,
         "HAS_ADJOINT": False,
         "PROBE_SPLIT": has_probe and probe.get_dtype().itemsize > query.get_dtype().itemsize,
-        "INTERCEPT": intercept,
+        "INTERCEPT": rows.intercept,
         "SCORE_MOD": not mods[0].identity,
         "COVARIANCE_MOD": covariance_mod,
         "HALF": half,
         "PACKED": half and not covariance_mod and value_width >= _LEAST_PACKED and _in_pairs(inputs["V"]),
         "UNIT_OF_SCORES": _unit_of_scores(width, key) if half else 1.0,
-        "HAS_MASK": not is_always_true(mask[-1].graph_module),
+        "HAS_MASK": not is_always_true(rows.mask.graph_module),
+        "HAS_LENGTHS": "LENGTHS" in inputs,
+        "FROM_START": "LENGTHS" not in inputs,
+        "FIRST_KEY": first_key,
+        "END_KEY": end_key,
+        "BLOCK_SPARSE": sparse,
+        "HAS_FULL_BLOCKS": "FULL_NUM" in inputs,
+        "KV_BLOCK": kv_block,
         "HAS_WINDOW": window is not None,
         "BEHIND": window or 0,
-        "NEW_KEYS": options["new_keys"],
+        "NEW_KEYS": options.get("new_keys", 0),
         "SAVE_STATISTICS": save_statistics,
         "PRECISION": precision(),
         "LOG2E": LOG2E,
@@ -255,10 +376,10 @@ def _lower_decode(*arguments: Any) -> Any:
             has_probe=has_probe,
             block_n=block_n,
             programs=programs * torch.cuda.get_device_properties(device).multi_processor_count,
-            merge=options.get("MERGE"),
+            # C++ wrappers do not ask for counters either.
+            merge=options.get("MERGE") if has_counters() and not inductor.V.graph.cpp_wrapper else "stage",
         )
 
-    new = _pending().pop(inductor.V.graph.current_node, None)
     stacked = cut(64, 1).rows * (2 if has_probe else 1)
     found = decode_candidates(
         rows=stacked,
@@ -268,9 +389,11 @@ def _lower_decode(*arguments: Any) -> Any:
         cache_itemsize=key.get_dtype().itemsize,
         shared_memory_limit=shared_memory_limit(device),
         # The copy engine would not see what the program itself has just written.
-        tma=not paged and new is None and tma_possible(device, [inputs["K"], inputs["V"]]),
+        tma=not paged and new is None and tma_possible(device, [key, value]),
         options=options,
     )
+    if sparse:
+        found = _within_blocks(found, kv_block, options)
     cuts = [cut(candidate.block_n, candidate.programs) for candidate in found]
     # The buffers of the states are made for one way to merge and one number of programs: those of the first candidate.
     if not inductor.config.max_autotune:
@@ -281,16 +404,16 @@ def _lower_decode(*arguments: Any) -> Any:
         # The stage that merges works the cut out again; and of symbols there is no largest.
         pairs = pairs[:1]
     programs = pairs[0][1].programs if len(pairs) == 1 else max(own.programs for _, own in pairs)
-    rows, heads = cuts[0].rows, kv_heads * cuts[0].row_tiles
-    used = min(rows, q_length * group)
+    tile_rows, heads = cuts[0].rows, kv_heads * cuts[0].row_tiles
+    used = min(tile_rows, q_length * group)
     parts = 2 if has_probe else 1
-    out_layout, *statistics_layouts = node_layouts()
+    out_layout, *statistics_layouts = layouts
     statistics = dict(zip(("LSE", "PROBE_MEAN"), map(allocate, statistics_layouts), strict=True))
-    partial = {"PARTIAL": _scratch(device, [programs, heads, rows, parts * value_width])}
-    state_size = [programs, heads, rows, 4]
+    partial = {"PARTIAL": _scratch(device, [programs, heads, tile_rows, parts * value_width])}
+    state_size = [programs, heads, tile_rows, 4]
     split_inputs, written = dict(inputs), {}
     if merge == "kernel":
-        split_inputs["COUNTERS"] = _operand(counters)
+        split_inputs["COUNTERS"] = _counters(device, batch * heads)
         written = partial | {"STATE": _scratch(device, state_size)}
     elif merge == "stage":
         written = dict(partial)
@@ -307,7 +430,7 @@ def _lower_decode(*arguments: Any) -> Any:
     choices: list[Any] = []
     for candidate, own in pairs:
         shape = {
-            "ROWS": rows,
+            "ROWS": tile_rows,
             "HEAD_TILES": own.row_tiles,
             "ROWS_USED": used,
             "BLOCK_M": stacked,
@@ -339,10 +462,9 @@ def _lower_decode(*arguments: Any) -> Any:
     first = _choose("decode_split", split_inputs, layout, choices, captured, subgraphs)
     if merge != "stage":
         return first, statistics["LSE"], statistics["PROBE_MEAN"]
-    merge_inputs = {"STATE": first, "PARTIAL": partial["PARTIAL"], "LENGTHS": inputs["LENGTHS"]}
-    merge_inputs |= {"PAGES": inputs["PAGES"]} if paged else {"K": inputs["K"]}
-    if value_scale is not None:
-        merge_inputs["VALUE_SCALE"] = inputs["VALUE_SCALE"]
+    merge_inputs = {"STATE": first, "PARTIAL": partial["PARTIAL"]}
+    names = ("LENGTHS", "KV_NUM", "FULL_NUM", "PAGES" if paged else "K", "VALUE_SCALE")
+    merge_inputs |= {name: inputs[name] for name in names if name in inputs}
     if save_statistics:
         merge_inputs |= statistics
     choices = []
@@ -361,6 +483,34 @@ def _lower_decode(*arguments: Any) -> Any:
         raise error
     out = _choose("decode_merge", merge_inputs, out_layout, choices, [], [])
     return out, statistics["LSE"], statistics["PROBE_MEAN"]
+
+
+def _counters(device: torch.device, count: int) -> Any:
+    """Zeros with which the splits of each head count who is last (:mod:`.counters`)."""
+    device_text = f"device(type={device.type!r}, index={device.index})"
+    found = inductor.found_at_each_call(
+        f"counters({device_text}, get_raw_stream({device.index}), {count})",
+        [
+            "from torch import device",
+            "from parallax_compile.lowering.counters import counters, prepare",
+            f"prepare({device_text})",
+        ],
+        inductor.ir.FixedLayout(device, torch.int32, [count], [1]),
+    )
+    return _operand(found)
+
+
+def _within_blocks(found: list[Any], kv_block: int, options: dict[str, Any]) -> list[Any]:
+    """Candidates whose tiles of keys lie within blocks of ``kv_block`` keys."""
+    if kv_block % 16:
+        raise InputError(f"block_mask must have blocks of a multiple of 16 keys, but got {kv_block}.")
+    if kv_block % options.get("BLOCK_N", 16):
+        raise InputError(
+            f"kernel_options[BLOCK_N] must divide the block_mask's blocks of {kv_block} keys, but got {options['BLOCK_N']}."
+        )
+    largest = kv_block & -kv_block  # the largest power of two that divides it
+    fitting = [replace(candidate, block_n=min(candidate.block_n, largest)) for candidate in found]
+    return list(dict.fromkeys(fitting))
 
 
 def _in_pairs(values: Any) -> bool:
@@ -393,4 +543,4 @@ def _scratch(device: torch.device, sizes: list[Any]) -> Any:
 
 def _on_cpu(*arguments: Any) -> Any:
     out, _, lse, mean = cpu.forward(*as_core(arguments))
-    return (out, lse, mean) if arguments[14] else (out, *empty_statistics(lse))
+    return (out, lse, mean) if arguments[13] else (out, *empty_statistics(lse))

@@ -6,7 +6,7 @@ The lowering executes a plan, ``plx.explain`` prints it, tests compare its text.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -39,7 +39,12 @@ _SCAN_PROGRAMS = 1024
 _MOST_ROWS = 32
 _MERGED_BY_THE_LAST = 4
 MOST_COUNTERS = 1 << 15
-"""Heads of all sequences whose splits may count who is last (:func:`.decode.counters_of`)."""
+"""Heads of all sequences whose splits may count who is last (:mod:`.counters`)."""
+
+# A call of the core with few rows, over many keys: there a program for each tile of rows would leave most of the device idle.
+MOST_ROWS_TO_SPLIT = 16
+FEWEST_KEYS_TO_SPLIT = 512
+ONLY_OF_THE_CORE = ("BLOCK_M", "HELD_TILES", "WARP_SPECIALIZED")
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,8 @@ class Problem:
         probe_steps: steps of the stage that finds the probe, for a solved (expected) or gradient probe; 0 for others.
         solved: whether that stage stops by residual and is differentiated implicitly.
         cache_itemsize: bytes of a number of keys and values, where it is not that of the queries (8-bit caches).
+        split_keys: the user's choice whether the keys of few rows are split; None leaves it to the plan.
+        own_lists: whether query heads that share a key head have lists of blocks of their own, or rows several lists.
     """
 
     batch: int
@@ -83,6 +90,8 @@ class Problem:
     probe_steps: int = 0
     solved: bool = False
     cache_itemsize: int | None = None
+    split_keys: bool | None = None
+    own_lists: bool = False
 
     @property
     def scans(self) -> bool:
@@ -174,6 +183,36 @@ def scan_segments(batch: Any, heads: Any, length: Any) -> int:
     return max(1, min(most, -(-_SCAN_PROGRAMS // max(1, 2 * batch * heads))))
 
 
+def splits_keys(problem: Problem) -> bool:
+    """Whether the output of a call comes from the decoding kernels: few rows, no gradient, many keys.
+
+    Their programs take a split of a head's keys each, where those of ``core_forward`` take a tile of rows and all its keys.
+    They save no value mean for a backward, and take one list of blocks for all rows of a key head.
+    """
+    able = problem.device != "cpu" and problem.needs_grad is None and not problem.own_lists and not problem.scans
+    if not able or problem.split_keys is False or (problem.solved and not problem.covariance_mod):
+        return False
+    rows, keys = problem.q_length, problem.kv_length
+    # Of a length that is a symbol: rows may be any number; keys are a cache that grows.
+    few, many = (
+        isinstance(rows, int) and rows <= MOST_ROWS_TO_SPLIT,
+        not isinstance(keys, int) or keys >= FEWEST_KEYS_TO_SPLIT,
+    )
+    return bool(problem.split_keys) or (few and many)
+
+
+def split_choice(options: Mapping[str, Any] | None) -> bool | None:
+    """What the user's ``kernel_options`` say of splitting keys: ``SPLIT_KEYS``, or options that only ``core_forward`` has."""
+    if options is None:
+        return None
+    if "SPLIT_KEYS" in options:
+        return bool(options["SPLIT_KEYS"])
+    for name in ONLY_OF_THE_CORE:
+        if name in options or "fwd_" + name in options:
+            return False
+    return None
+
+
 Merge = Literal["none", "kernel", "stage"]
 
 
@@ -246,17 +285,19 @@ _MERGES = {
 
 
 def make_decode_plan(problem: Problem, cut: Cut) -> Plan:
-    """The stages of a decode call, whose keys (``kv_length``) are those that its rows see."""
+    """The stages of a decode call, or of one whose keys are split; ``kv_length`` is of the keys that its rows see."""
     if problem.device == "cpu":
         return Plan(problem, (*_probe_in_front(problem), _forward(problem, "row chunks")))
-    split = replace(
-        _forward(problem, "split keys"), name="decode_split", writes=("out",), reason=f"few rows: {_MERGES[cut.merge]}"
-    )
-    stages = [*_probe_in_front(problem), split]
-    if cut.merge == "stage":
-        reason = "states of the splits, in float32: few beside the keys, and not counted"
-        stages.append(Stage("decode_merge", "merge of states", "forward", (0, 0), (), ("out",), reason))
-    return Plan(problem, tuple(stages))
+    return Plan(problem, (*_probe_in_front(problem), *_split(problem, cut)))
+
+
+def _split(problem: Problem, cut: Cut | None) -> list[Stage]:
+    how = "keys are split to fill the device" if cut is None else _MERGES[cut.merge]
+    split = replace(_forward(problem, "split keys"), name="decode_split", writes=("out",), reason=f"few rows: {how}")
+    if cut is None or cut.merge != "stage":
+        return [split]
+    reason = "states of the splits, in float32: few beside the keys, and not counted"
+    return [split, Stage("decode_merge", "merge of states", "forward", (0, 0), (), ("out",), reason)]
 
 
 def _probe_in_front(problem: Problem) -> list[Stage]:
@@ -266,15 +307,17 @@ def _probe_in_front(problem: Problem) -> list[Stage]:
     return _gradient_steps(problem)
 
 
-def make_plan(problem: Problem) -> Plan:
-    """Choose the stages of ``problem``.
+def make_plan(problem: Problem, cut: Cut | None = None) -> Plan:
+    """Choose the stages of ``problem``; ``cut`` says how the keys of few rows are split, where they are (:func:`splits_keys`).
 
     Finite bandwidth with a zero or learned probe is one streaming pass forward; backward, the row terms, then one pass
     for query and probe and one for key and value, each left out when nothing needs it. Infinite bandwidth over a prefix
-    is a scan instead.
+    is a scan instead. Few rows without a gradient have their keys split.
     """
     if problem.scans:
         stages = _scan(problem)
+    elif splits_keys(problem):
+        stages = [*_probe_in_front(problem), *_split(problem, cut)]
     else:
         algorithm: Algorithm = "streaming" if problem.device != "cpu" else "row chunks"
         if problem.solved:

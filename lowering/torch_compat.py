@@ -35,6 +35,7 @@ from torch._higher_order_ops.utils import (
 )
 from torch._ops import HigherOrderOperator
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, set_original_aten_op, track_tensor_tree
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.attention.flex_attention import _vmap_for_bhqkv
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
@@ -48,7 +49,6 @@ __all__ = [
     "ProxyTorchDispatchMode",
     "TransformGetItemToIndex",
     "UnsupportedAliasMutationException",
-    "assume_constant_result",
     "check_arity",
     "compile_fx",
     "create_fw_bw_graph",
@@ -57,7 +57,6 @@ __all__ = [
     "inline_in_lowering",
     "length_hint",
     "mark_static",
-    "mark_static_address",
     "missing_symbols",
     "outside_of_tracing",
     "raise_input",
@@ -70,6 +69,7 @@ __all__ = [
     "set_original_aten_op",
     "settled_when_traced",
     "skip_frames_of",
+    "statically_known_true",
     "trace_artifact",
     "trace_mod",
     "traced_while_loop",
@@ -100,6 +100,7 @@ FENCED: dict[str, tuple[str, ...]] = {
     "torch._dynamo.utils:proxy_args_kwargs": ("args", "kwargs"),
     "torch._dynamo.side_effects:SideEffects.clone": (),
     "torch.fx.experimental.symbolic_shapes:ShapeEnv.create_symintnode": ("sym", "hint"),
+    "torch.fx.experimental.symbolic_shapes:statically_known_true": ("x",),
     "torch._dynamo.eval_frame:skip_code": (),
     "torch._higher_order_ops.flex_attention:create_fw_bw_graph": ("score_mod", "index_values", "other_buffers"),
     "torch._higher_order_ops.while_loop:while_loop_op": (),
@@ -136,6 +137,8 @@ FENCED: dict[str, tuple[str, ...]] = {
     "torch._inductor:list_mode_options": ("mode",),
     "torch._inductor.compile_fx:compile_fx": ("model_", "example_inputs_", "inner_compile", "config_patches"),
     "torch._inductor.ir:ComputedBuffer": (),
+    "torch._inductor.ir:ExternKernelAlloc.__init__": ("layout", "inputs"),
+    "torch._inductor.codegen.wrapper:PythonWrapperCodegen.writeline": ("line",),
     "torch._inductor.ir:FixedLayout.__init__": ("device", "dtype", "size", "stride"),
     "torch._inductor.ir:FlexibleLayout.contiguous_strides": ("sizes",),
     "torch._inductor.ir:IRNode": (),
@@ -356,8 +359,6 @@ def register_dynamo_operator(
 
 
 mark_static = torch._dynamo.mark_static  # heads and widths stay constants, so that grids and scales do
-mark_static_address = torch._dynamo.mark_static_address
-assume_constant_result = torch._dynamo.assume_constant_result
 
 
 # --- inductor -------------------------------------------------------------------------------------------------------
@@ -418,6 +419,26 @@ class _Inductor:
         select = _resolve("torch._inductor.select_algorithm:autotune_select_algorithm")
         found = select(name, choices, inputs, layout, input_gen_fns=input_gen_fns)
         return found[0] if isinstance(found, tuple) else found
+
+    def found_at_each_call(self, expression: str, header: Sequence[str], layout: Any) -> Any:
+        """A buffer that generated code gets from ``expression``, and whose memory it neither frees nor gives to others.
+
+        Args:
+            expression: Python, in a wrapper that has ``device`` and ``get_raw_stream``.
+            header: lines that stand once where the wrapper imports.
+            layout: of the buffer.
+        """
+        ir, graph = self.ir, self.V.graph
+
+        class Found(ir.ExternKernelAlloc):  # type: ignore[name-defined, misc]
+            def codegen(self, wrapper: Any) -> None:
+                for line in header:
+                    wrapper.add_import_once(line)
+                wrapper.writeline(f"{self.get_name()} = {expression}")
+
+        found = Found(layout, [])
+        graph.never_reuse_buffers.add(found.get_name())
+        return ir.TensorBox.create(found)
 
 
 inductor = _Inductor()

@@ -16,16 +16,16 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from . import masks, reference, validation
-from .block_masks import as_mask_mod, combined_block_mask
+from .block_masks import as_mask_mod, check_mask_mod, combined_block_mask
 from .errors import InputError, InputTypeError, UnsupportedError
 from .lowering import probes, scan
 from .lowering.cache_key import cache_salt
 from .lowering.dense import allowed_pairs
 from .lowering.mlir import forms
 from .lowering.operator import attention_forward
-from .lowering.plan import chunked_scan
+from .lowering.plan import FEWEST_KEYS_TO_SPLIT, MOST_ROWS_TO_SPLIT, chunked_scan, split_choice
 from .lowering.scan import State
-from .lowering.torch_compat import mark_static, raise_input, result_problem, vectorize_mod
+from .lowering.torch_compat import mark_static, raise_input, result_problem, statically_known_true, vectorize_mod
 from .spec import PARALLAX, SOFTMAX, AttentionSpec, Gradient, Solved
 
 __all__ = ["AuxOutput", "AuxRequest", "attention", "flex_attention"]
@@ -105,7 +105,9 @@ def attention(
         kernel_options: of the compiled kernels: ``BLOCK_M, BLOCK_N, num_warps, num_stages``; ``USE_TMA`` (bool): whether
             loops read through tensor descriptors; ``HELD_TILES``: how many of the tiles that stay are kept in registers;
             ``WARP_SPECIALIZED`` (bool): the forward by its kernel for Hopper, whose warps copy or compute. Each also with
-            the prefix ``fwd_``, ``bwd_``, ``bwd_query_``, ``bwd_key_`` or ``solve_``.
+            the prefix ``fwd_``, ``bwd_``, ``bwd_query_``, ``bwd_key_`` or ``solve_``. ``SPLIT_KEYS`` (bool): whether the
+            kernels of decoding make the output, which take a split of the keys each; left out, they do where no gradient is
+            wanted, for up to 16 rows and 512 keys or more.
 
     Returns:
         ``out [B, Hq, Lq, Dv]`` in query's dtype, alone or with what was asked for. A row with no allowed key gives 0,
@@ -320,8 +322,10 @@ def _compiled(call: _Call) -> tuple[Tensor, AuxOutput]:
     if call.prefix is not None:
         validation.check_scan_options(call.kernel_options)
         return _summed(call)
-    block_mask = combined_block_mask(spec.mask_mod, call.block_mask, query, key)
-    weights = _weights(call, block_mask)
+    if _needs_no_lists(call, operands):
+        weights = _weights_of_few_rows(call)
+    else:
+        weights = _weights(call, combined_block_mask(spec.mask_mod, call.block_mask, query, key))
     stage = None
     if isinstance(spec.probe, Solved):
         # A covariance_mod acts after the solve: there the core makes the output.
@@ -394,6 +398,32 @@ def _weights(call: _Call, block_mask: BlockMask | None) -> probes.Weights:
         call.prefix,
         call.initial,
     )
+
+
+def _needs_no_lists(call: _Call, operands: tuple[Tensor, ...]) -> bool:
+    """Whether the plan will split the keys (:func:`.plan.splits_keys`), and the spec's mask needs no lists of blocks.
+
+    Where a mod captures what needs a gradient the lists are left out for the core too, which reads every key for its few rows.
+    """
+    query, key, spec = call.query, call.key, call.spec
+    choice = split_choice(call.kernel_options)
+    gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in operands)
+    if choice:
+        validation.check_split_keys(spec, call.covariance_mod is not None, gradient, call.block_mask, query, key)
+    # Without a guard on lengths that are symbols: they are what an export leaves open.
+    short = statically_known_true(key.size(2) < FEWEST_KEYS_TO_SPLIT)
+    few = statically_known_true(query.size(2) <= MOST_ROWS_TO_SPLIT) and not short
+    alone = spec.mask_mod is not None and call.block_mask is None and spec.probe.kind != "solved"
+    return alone and not gradient and (few if choice is None else choice)
+
+
+def _weights_of_few_rows(call: _Call) -> probes.Weights:
+    """Without lists of blocks: the kernels ask the mask for each key, within the bounds that a library mask has."""
+    weights, mask_mod = _weights(call, None), call.spec.mask_mod
+    assert mask_mod is not None
+    check_mask_mod(mask_mod, call.query)
+    options = weights.kernel_options | {"keys": masks.band(mask_mod)}
+    return weights._replace(block_mask=(*weights.block_mask[:-1], mask_mod), kernel_options=options)
 
 
 def _ridge(call: _Call, weights: probes.Weights) -> Tensor:

@@ -26,11 +26,7 @@ def combined_block_mask(
     """
     if mask_mod is None:
         return block_mask
-    if not isinstance(mask_mod, LibraryMask):
-        zero = torch.zeros((), dtype=torch.int32, device=query.device)
-        problem = result_problem(mask_mod(zero, zero, zero, zero), is_mask=True)
-        if problem is not None:
-            raise_input(InputTypeError, f"the spec's mask_mod {problem}")
+    check_mask_mod(mask_mod, query)
     batch, heads, q_length, kv_length = query.size(0), query.size(1), query.size(2), key.size(2)
     if block_mask is None:
         return masks.block_mask(mask_mod, batch, heads, q_length, kv_length, query.device)
@@ -43,6 +39,22 @@ def combined_block_mask(
         return mask_mod(b, h, q_idx, kv_idx) & given(b, h, q_idx, kv_idx)
 
     return masks.from_kinds(kinds, (q_length, kv_length), sizes, both)
+
+
+def check_mask_mod(mask_mod: MaskMod, query: Tensor) -> None:
+    """A mask of the user's gives one bool for each pair."""
+    if isinstance(mask_mod, LibraryMask):
+        return
+    zero = torch.zeros((), dtype=torch.int32, device=query.device)
+    problem = result_problem(mask_mod(zero, zero, zero, zero), is_mask=True)
+    if problem is not None:
+        raise_input(InputTypeError, f"the spec's mask_mod {problem}")
+
+
+def own_lists(block_mask: BlockMask, query: Tensor, key: Tensor) -> bool:
+    """Whether query heads that share a key head have lists of blocks of their own, or rows several lists."""
+    heads, row_blocks = block_mask.kv_num_blocks.shape[1:]
+    return row_blocks > 1 or (heads > 1 and query.size(1) != key.size(1))
 
 
 def block_kinds(block_mask: BlockMask) -> Tensor:

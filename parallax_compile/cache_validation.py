@@ -11,7 +11,7 @@ from torch import Tensor
 from .errors import InputError, InputTypeError, UnsupportedError
 from .lowering.torch_compat import raise_input
 from .spec import AttentionSpec
-from .validation import FLOATING
+from .validation import FLOATING, check_block_mask_of
 
 EIGHT_BITS = torch.float8_e4m3fn
 INTEGERS = (torch.int32, torch.int64)
@@ -240,6 +240,25 @@ def _check_scale(name: str, factor: Any, cache: Tensor, shape: tuple[int, int]) 
         raise_input(InputTypeError, f"{name} must be a tensor or a number, but got {type(factor).__name__}.")
     if not 0 < factor < float("inf"):
         raise_input(InputError, f"{name} must be positive and finite, but got {factor}.")
+
+
+def check_positions(block_mask: Any, query: Tensor, capacity: Any) -> None:
+    """A ``BlockMask`` over the positions of a sequence: at least as long as the caches, with blocks that kernels take."""
+    if block_mask is None:
+        return
+    check_block_mask_of(block_mask, query)
+    q_length, kv_length = block_mask.seq_lengths
+    if q_length < capacity or kv_length < capacity:
+        raise_input(
+            InputError,
+            f"block_mask must be for lengths of at least the capacity {capacity}, rows and keys both at their positions in the "
+            f"sequence, but was made for (q, kv) = ({q_length}, {kv_length}). A mask of rows numbered from 0 goes to "
+            "plx.attention.",
+        )
+    if block_mask.BLOCK_SIZE[1] % 16:
+        raise_input(
+            InputError, f"block_mask must have blocks of a multiple of 16 keys, but got {block_mask.BLOCK_SIZE[1]}."
+        )
 
 
 def _check_options(options: Any, paged: bool) -> None:

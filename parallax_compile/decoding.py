@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from . import validation
 from .attention import (
@@ -27,10 +28,10 @@ from .attention import (
     _uniform,
     _warn_unfused,
 )
-from .cache_validation import check_call, check_values
+from .cache_validation import check_call, check_positions, check_values
 from .errors import InputTypeError
 from .lowering import decode as lowered
-from .lowering import probes
+from .lowering import decode_blocks, probes
 from .lowering.append import append
 from .lowering.cache_key import CACHE_SALT
 from .lowering.operator import statistics_dtype
@@ -57,6 +58,7 @@ def decode(
     scale: float | None = None,
     score_mod: ScoreMod | None = None,
     covariance_mod: ScoreMod | None = None,
+    block_mask: BlockMask | None = None,
     ridge: Tensor | float | None = None,
     return_lse: bool = False,
     return_aux: Any = None,
@@ -91,12 +93,14 @@ def decode(
             ``k_scale * key_cache``; appended keys are divided by it.
         scale: factor of the scores; None means ``1/sqrt(D)``.
         score_mod, covariance_mod, ridge, return_lse, return_aux: as for :func:`~parallax_compile.attention`.
+        block_mask: a torch ``BlockMask`` over positions, for lengths of at least the capacity on both sides: the lengths choose
+            its blocks of rows. Keys of blocks that no row of a key head visits are not read. Combines with the spec's mask by
+            and.
         check: check lengths and page table on the device too, which waits for it (not in compiled code). Otherwise lengths are
             clamped to the capacity, and entries of the page table to the cache.
         kernel_options: of the compiled kernel: ``BLOCK_N, num_warps, num_stages``; ``PROGRAMS_PER_SM``, that splits aim at;
             ``USE_TMA`` (bool): read through tensor descriptors;
-            ``MERGE``: "kernel" (the last program of a head merges its splits) or "stage" (a kernel of its own, which calls on
-            two streams at once must take).
+            ``MERGE``: "kernel" (the last program of a head merges its splits) or "stage" (a kernel of its own).
 
     Returns:
         ``out [B, Hq, Lq, Dv]`` in query's dtype, alone or with what was asked for. A row that sees no key gives 0 and LSE -inf.
@@ -129,6 +133,7 @@ def decode(
     validation.check_ridge(ridge, spec, query)
     request = _aux_request(return_lse, return_aux, spec)
     compiled = torch.compiler.is_dynamo_compiling()
+    check_positions(block_mask, query, lowered.capacity_of(key_cache, page_table))
     if check:
         check_values(compiled, key_cache, cache_seqlens, page_table, 0 if key is None else key.size(2))
     batch, kv_heads = query.size(0), key_cache.size(1 if page_table is None else 2)
@@ -147,7 +152,7 @@ def decode(
     if not compiled:
         _warn_unfused()
     call = _Call(
-        query, key_cache, value_cache, probe, spec, score_mod, covariance_mod, None, scale, ridge, kernel_options
+        query, key_cache, value_cache, probe, spec, score_mod, covariance_mod, block_mask, scale, ridge, kernel_options
     )
     call = call._replace(request=request)
     cached = _Cached(lengths, new_keys, page_table, *scales)
@@ -201,6 +206,8 @@ def _dense(call: _Call, cached: _Cached, dtype: torch.dtype) -> _Call:
     key = lowered.gathered(call.key, cached.page_table, cached.key_scale, total, dtype)
     value = lowered.gathered(call.value, cached.page_table, cached.value_scale, total, dtype)
     mask_mod = _everything if call.spec.mask_mod is None else call.spec.mask_mod
+    if call.block_mask is not None:
+        mask_mod = _both(call.spec.mask_mod, _visits(call, total).predicate())
     spec = call.spec.replace(
         mask_mod=_bound(lowered.within_keys(mask_mod, rows), total), score_mod=None, covariance_mod=None
     )
@@ -209,7 +216,9 @@ def _dense(call: _Call, cached: _Cached, dtype: torch.dtype) -> _Call:
         return None if mod is None else _bound(lowered.at_positions(mod, score=True, rows=rows), total)
 
     score_mod, covariance_mod = placed(call.score_mod), placed(call.covariance_mod)
-    return call._replace(key=key, value=value, spec=spec, score_mod=score_mod, covariance_mod=covariance_mod)
+    return call._replace(
+        key=key, value=value, spec=spec, score_mod=score_mod, covariance_mod=covariance_mod, block_mask=None
+    )
 
 
 def _bound(mod: Any, total: Tensor) -> Any:
@@ -219,6 +228,40 @@ def _bound(mod: Any, total: Tensor) -> Any:
         return mod(*arguments, total)
 
     return bound
+
+
+def _visits(call: _Call, total: Tensor) -> decode_blocks.Visits:
+    blocks = call.block_mask
+    assert blocks is not None
+    lists = (blocks.kv_num_blocks, blocks.kv_indices, blocks.full_kv_num_blocks, blocks.full_kv_indices)
+    return decode_blocks.visits(lists, *blocks.BLOCK_SIZE, blocks.mask_mod, total, call.query.size(2))
+
+
+def _both(first: Any, second: Any) -> Any:
+    """What two masks allow, of which the first may be None."""
+    if first is None:
+        return second
+
+    def both(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return first(b, h, q_idx, kv_idx) & second(b, h, q_idx, kv_idx)
+
+    return both
+
+
+def _mask(call: _Call, cached: _Cached) -> tuple:
+    """The mask as the operator takes it: lists of blocks, keys of a block, and the predicate."""
+    own = call.spec.mask_mod
+    if call.block_mask is None:
+        return None, None, None, None, 1, _everything if own is None else own
+    query, total = call.query, _total(call, cached)
+    found = _visits(call, total)
+    q_heads, rows = query.size(1), query.size(2)
+    kv_heads = call.key.size(1 if cached.page_table is None else 2)
+    lists = decode_blocks.lists_of(found, kv_heads, total, rows, reach(own), asked_everywhere=own is not None)
+    # The rows of a list that is theirs alone need not ask for their kind of block.
+    one_list = found.kinds.size(2) == 1 and (found.kinds.size(1) == 1 or q_heads == kv_heads)
+    mask_mod = found.mask_mod if own is None and one_list else _both(own, found.predicate())
+    return (*lists, found.kv_block, mask_mod)
 
 
 def _reference(call: _Call, cached: _Cached) -> tuple[Tensor, AuxOutput]:
@@ -251,10 +294,9 @@ def _fused(call: _Call, cached: _Cached) -> tuple[Tensor, AuxOutput]:
         cached.page_table,
         key_scale,
         value_scale,
-        lowered.counters_of(query.device),
         _uniform if spec.bandwidth.kind == "infinite" else score_mod,
         _identity if call.covariance_mod is None else call.covariance_mod,
-        (_everything if spec.mask_mod is None else spec.mask_mod,),
+        _mask(call, cached),
         1.0 / math.sqrt(query.size(3)) if call.scale is None else float(call.scale),
         spec.intercept,
         statistics,

@@ -11,11 +11,22 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from . import mask_pictures, masks, validation
-from .block_masks import block_kinds, combined_block_mask
+from .block_masks import block_kinds, combined_block_mask, own_lists
 from .cache_validation import check_call
 from .errors import UnsupportedError
 from .lowering.candidates import decode_candidates, padded
-from .lowering.plan import EXPECTED_ITERATIONS, Cost, Plan, Problem, Stage, decode_cut, make_decode_plan, make_plan
+from .lowering.plan import (
+    EXPECTED_ITERATIONS,
+    Cost,
+    Cut,
+    Plan,
+    Problem,
+    Stage,
+    decode_cut,
+    make_decode_plan,
+    make_plan,
+    splits_keys,
+)
 from .lowering.targets import Target, resolve
 from .spec import AttentionSpec, Gradient, Solved
 
@@ -274,8 +285,12 @@ def explain(
         prefix=prefix is not None,
         probe_steps=_probe_steps(spec),
         solved=isinstance(spec.probe, Solved),
+        own_lists=block_mask is not None and own_lists(block_mask, query, key),
     )
-    plan = make_plan(problem)
+    behind, ahead = masks.band(spec.mask_mod) if block_mask is None else (None, None)
+    end = problem.kv_length if ahead is None else min(problem.kv_length, problem.q_length + ahead)
+    cut = _cut(problem, resolved, max(1, end - max(0, behind or 0))) if splits_keys(problem) else None
+    plan = make_plan(problem, cut)
     explanation = Explanation(
         spec,
         plan,
@@ -367,12 +382,24 @@ def explain_decode(
         solved=isinstance(spec.probe, Solved),
         cache_itemsize=key_cache.dtype.itemsize,
     )
-    sm_count, limit = (1, 1 << 20) if resolved is None else (resolved.sm_count, resolved.shared_memory_per_block)
-    sizes = {"width": problem.width, "value_width": problem.value_width, "itemsize": problem.itemsize}
+    plan = make_decode_plan(problem, _cut(problem, resolved, most_keys))
+    return Explanation(spec, plan, resolved, tuple(_explain_stage(plan, stage, resolved) for stage in plan.stages))
+
+
+def _cut(problem: Problem, target: Target | None, most_keys: int) -> Cut:
+    """How the keys of a call are split on a target, of which a row sees so many at most."""
+    sm_count, limit = (1, 1 << 20) if target is None else (target.sm_count, target.shared_memory_per_block)
     candidate = decode_candidates(
-        rows=16, **sizes, cache_itemsize=key_cache.dtype.itemsize, shared_memory_limit=limit, tma=False, options={}
+        rows=16,
+        width=problem.width,
+        value_width=problem.value_width,
+        itemsize=problem.itemsize,
+        cache_itemsize=problem.cache_itemsize or problem.itemsize,
+        shared_memory_limit=limit,
+        tma=False,
+        options={},
     )[0]
-    cut = decode_cut(
+    return decode_cut(
         batch=problem.batch,
         kv_heads=problem.kv_heads,
         rows_of_head=problem.q_length * problem.q_heads // problem.kv_heads,
@@ -381,8 +408,6 @@ def explain_decode(
         block_n=candidate.block_n,
         programs=candidate.programs * sm_count,
     )
-    plan = make_decode_plan(problem, cut)
-    return Explanation(spec, plan, resolved, tuple(_explain_stage(plan, stage, resolved) for stage in plan.stages))
 
 
 def _probe_steps(spec: AttentionSpec) -> int:

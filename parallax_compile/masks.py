@@ -254,6 +254,18 @@ def reach(mask_mod: MaskMod | None) -> int | None:
     return found
 
 
+def band(mask_mod: MaskMod | None) -> tuple[int | None, int | None]:
+    """``(behind, ahead)``: row ``q`` sees keys from ``q + behind`` up to ``q + ahead``; None is no bound, or none known.
+
+    Args:
+        mask_mod: the spec's mask; only library masks are recognised.
+    """
+    parts: tuple[Any, ...] = mask_mod.parts if isinstance(mask_mod, AllOf) else (mask_mod,)
+    behind = [part.offset - part.window + 1 for part in parts if isinstance(part, SlidingWindow)]
+    ahead = [part.offset for part in parts if isinstance(part, (Causal, SlidingWindow))]
+    return max(behind) if behind else None, min(ahead) if ahead else None
+
+
 def prefix(mask_mod: MaskMod | None, q_length: int, kv_length: int) -> Prefix | None:
     """The keys of each row as a running prefix, where the mask is one: none, causal, or causal within contiguous documents.
 

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from .block_masks import own_lists
 from .errors import InputError, InputTypeError, UnsupportedError
+from .lowering.plan import ONLY_OF_THE_CORE
 from .lowering.scan import State
 from .lowering.torch_compat import check_arity, raise_input
 from .spec import AttentionSpec
@@ -23,6 +25,7 @@ FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 MAX_WIDTH = 256
 _SCORE_ARGUMENTS = ("score", "b", "h", "q_idx", "kv_idx")
 KERNEL_OPTIONS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "USE_TMA", "HELD_TILES", "WARP_SPECIALIZED")
+CALL_OPTIONS = ("SPLIT_KEYS",)  # of the whole call: without a prefix
 KERNEL_OPTION_PREFIXES = ("", "fwd_", "bwd_", "bwd_query_", "bwd_key_", "solve_")
 
 
@@ -145,6 +148,18 @@ def check_block_mask(block_mask: Any, query: Tensor, key: Tensor) -> None:
     """A ``BlockMask`` for these lengths, batch, heads and device."""
     if block_mask is None:
         return
+    check_block_mask_of(block_mask, query)
+    q_length, kv_length = block_mask.seq_lengths
+    if q_length != query.size(2) or kv_length != key.size(2):
+        raise_input(
+            InputError,
+            f"block_mask was made for lengths (q, kv) = ({q_length}, {kv_length}), "
+            f"but query and key have ({query.size(2)}, {key.size(2)}). Make it for these lengths.",
+        )
+
+
+def check_block_mask_of(block_mask: Any, query: Tensor) -> None:
+    """A ``BlockMask`` for query's batch, heads and device."""
     if not isinstance(block_mask, BlockMask):
         hint = (
             " A mask function goes into the spec (mask_mod=), or through plx.masks.block_mask."
@@ -155,13 +170,6 @@ def check_block_mask(block_mask: Any, query: Tensor, key: Tensor) -> None:
             InputTypeError,
             f"block_mask must be a torch.nn.attention.flex_attention.BlockMask or None, "
             f"but got {type(block_mask).__name__}.{hint}",
-        )
-    q_length, kv_length = block_mask.seq_lengths
-    if q_length != query.size(2) or kv_length != key.size(2):
-        raise_input(
-            InputError,
-            f"block_mask was made for lengths (q, kv) = ({q_length}, {kv_length}), "
-            f"but query and key have ({query.size(2)}, {key.size(2)}). Make it for these lengths.",
         )
     if block_mask.kv_num_blocks.size(0) not in (1, query.size(0)):
         raise_input(
@@ -253,7 +261,7 @@ def check_kernel_options(options: Any) -> None:
     if not isinstance(options, Mapping):
         raise_input(InputTypeError, f"kernel_options must be a dict or None, but got {type(options).__name__}.")
     for name, option in options.items():
-        known = False
+        known = name in CALL_OPTIONS
         for prefix in KERNEL_OPTION_PREFIXES:
             for known_name in KERNEL_OPTIONS:
                 if name == prefix + known_name:
@@ -262,17 +270,41 @@ def check_kernel_options(options: Any) -> None:
             raise_input(
                 InputError,
                 f"kernel_options has an unknown name {name}. Known: {', '.join(KERNEL_OPTIONS)}, "
-                "each also with the prefix fwd_, bwd_, bwd_query_, bwd_key_ or solve_.",
+                f"each also with the prefix fwd_, bwd_, bwd_query_, bwd_key_ or solve_; and {', '.join(CALL_OPTIONS)}.",
             )
-        if name.endswith(("USE_TMA", "WARP_SPECIALIZED")):
+        if name.endswith(("USE_TMA", "WARP_SPECIALIZED", "SPLIT_KEYS")):
             if not isinstance(option, bool):
                 raise_input(InputTypeError, f"kernel_options[{name}] must be a bool, but got {option}.")
             continue
+        if options.get("SPLIT_KEYS") and name.removeprefix("fwd_") in ONLY_OF_THE_CORE:
+            raise_input(
+                InputError,
+                f"kernel_options[{name}] is of the kernel that takes all keys at once, but SPLIT_KEYS is True. Drop one.",
+            )
         least = 0 if name.endswith("HELD_TILES") else 1
         if not isinstance(option, int) or option < least:
             raise_input(InputError, f"kernel_options[{name}] must be an integer of at least {least}, but got {option}.")
         if "BLOCK" in name and (option < 16 or option & (option - 1)):
             raise_input(InputError, f"kernel_options[{name}] must be a power of two of at least 16, but got {option}.")
+
+
+def check_split_keys(
+    spec: AttentionSpec, covariance_mod: bool, gradient: bool, block_mask: Any, query: Tensor, key: Tensor
+) -> None:
+    """A call that asks for its keys to be split can have it (:func:`.lowering.plan.splits_keys`)."""
+    given = "kernel_options[SPLIT_KEYS] is True, but"
+    if gradient:
+        raise_input(
+            UnsupportedError, f"{given} an input requires a gradient. Call it under torch.no_grad(), or leave it out."
+        )
+    if spec.probe.kind == "solved" and not covariance_mod:
+        raise_input(UnsupportedError, f"{given} the output of a solved probe comes with the solve. Leave it out.")
+    if block_mask is not None and own_lists(block_mask, query, key):
+        raise_input(
+            UnsupportedError,
+            f"{given} block_mask has several lists of blocks for the rows of a key head (one for each query head, or for each "
+            "block of rows). Make it with H=None and one block of rows, or leave the option out.",
+        )
 
 
 def check_scan_options(options: Any) -> None:

@@ -13,14 +13,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from parallax_compile.lowering import counters
 from parallax_compile.lowering.plan import decode_cut
-from support.decoding import Call
+from support.decoding import Call, random_blocks
 from support.oracle import budget, relative_error
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 import parallax_compile as plx
+from parallax_compile import masks
+from parallax_compile.block_masks import block_kinds
 from parallax_compile.errors import InputError, InputTypeError, UnsupportedError
 
+LISTS = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
 CAUSAL, WINDOW = plx.masks.causal(), plx.masks.sliding_window(21)
 
 
@@ -124,6 +129,109 @@ def test_the_layout_of_flex_paged_attention() -> None:
     assert relative_error(got, plx.attention(query, key, value)) < 1e-6
     with pytest.raises(InputError, match="page_size"):
         plx.caches.flex_pages(key_cache, 7)
+
+
+# --- block masks ----------------------------------------------------------------------------------------------------
+
+
+def test_block_masks_at_positions() -> None:
+    """Its lists and its mask by the definition: full blocks are not asked, blocks in no list are not seen."""
+    pattern = lambda b, h, q, k: (q + k + h) % 4 != 0
+    for heads, queries, page, causal in ((1, 1, 0, False), (4, 18, 0, False), (1, 3, 16, True)):
+        block_mask, keep = random_blocks(112, heads, (16, 48), pattern)
+        both = lambda row, column, keep=keep, causal=causal: keep(row, column) & ((column <= row) | (not causal))
+        spec = plx.PARALLAX.replace(mask_mod=CAUSAL) if causal else plx.PARALLAX
+        call = Call(
+            (70, 3, 17, 36), capacity=112, queries=queries, page=page, spec=spec, keep=both, dtype=torch.float64
+        )
+        assert relative_error(call(call.fresh(), block_mask=block_mask), call.want()) < 1e-12
+    compiled = torch.compile(lambda given: call(given, block_mask=block_mask), fullgraph=True)
+    with torch.no_grad():
+        assert relative_error(compiled(call.fresh()), call.want()) < 1e-12
+
+
+def test_a_block_mask_reaches_the_stage_of_a_solved_probe_and_the_value_mean() -> None:
+    block_mask, keep = random_blocks(32, 1, (16, 16), lambda b, h, q, k: q + k >= 0)
+    call = Call((25, 9), capacity=32, width=8, value_width=8, spec=plx.LLA, dtype=torch.float64)
+    out, aux = call(call.fresh(), block_mask=block_mask, return_aux=plx.AuxRequest(value_mean=True))
+    for b, n in enumerate(call.totals):
+        x = call.inputs
+        row = keep(torch.tensor([[n - 1]]), torch.arange(n))[0, 0].nonzero().flatten()
+        key, value = (x[name][b : b + 1, :, row] for name in ("key_cache", "value_cache"))
+        for spec, got in ((plx.LLA, out), (plx.SOFTMAX, aux.value_mean)):
+            want = plx.attention(x["query"][b : b + 1], key, value, spec=spec, enable_gqa=True)
+            assert relative_error(got[b : b + 1], want) < 1e-9
+
+
+def test_wrong_block_masks() -> None:
+    call = Call((40, 3), capacity=96, dtype=torch.float32)
+    causal = lambda *sizes, **more: plx.masks.block_mask(CAUSAL, None, None, *sizes, **more)
+    for block_mask, error, message in (
+        (CAUSAL, InputTypeError, "BlockMask"),
+        (causal(1, 96), InputError, "at least the capacity 96.*plx.attention"),
+        (
+            masks.from_kinds(block_kinds(causal(96, 96)).expand(3, -1, -1, -1), (96, 96), (128, 128), CAUSAL),
+            InputError,
+            "batch size 1 or 2",
+        ),
+        (
+            create_block_mask(CAUSAL, None, None, 96, 96, device="cpu", BLOCK_SIZE=(16, 24)),
+            InputError,
+            "multiple of 16",
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            call(call.fresh(), block_mask=block_mask)
+
+
+def test_splitting_keys_where_they_cannot_be_split() -> None:
+    query, key = torch.randn(1, 4, 2, 8), torch.randn(1, 2, 64, 8)
+    several = plx.masks.block_mask(CAUSAL, None, 4, 2, 64, BLOCK_SIZE=16)
+    several = masks.from_kinds(block_kinds(several).expand(1, 4, -1, -1), (2, 64), (16, 16), CAUSAL)
+    wanted: dict[str, tuple[dict[str, Any], str]] = {
+        "gradient": ({"query": query.clone().requires_grad_()}, "requires a gradient"),
+        "solved": ({"spec": plx.LLA}, "comes with the solve"),
+        "lists": ({"block_mask": several}, "H=None"),
+    }
+    for change, message in wanted.values():
+        given = {"query": query, "key": key, "value": key, "enable_gqa": True, **change}
+        given["kernel_options"] = {"SPLIT_KEYS": True}
+        with pytest.raises(UnsupportedError, match=message):
+            torch.compile(lambda x: plx.attention(**x), fullgraph=True)(given)
+    for options, error in (({"SPLIT_KEYS": 1}, InputTypeError), ({"SPLIT_KEYS": True, "BLOCK_M": 16}, InputError)):
+        with pytest.raises(error, match="SPLIT_KEYS"):
+            plx.attention(query, key, key, enable_gqa=True, kernel_options=options)
+
+
+# --- counters -------------------------------------------------------------------------------------------------------
+
+
+def test_streams_and_graphs_count_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counters, "_reserves", {})
+    monkeypatch.setattr(counters, "_RESERVED", 4096)
+    device, capturing = torch.device("cpu"), False
+    monkeypatch.setattr(counters, "_capturing", lambda device: capturing)
+    taken: list[range] = []
+
+    def region(stream: int, count: int) -> range | None:
+        """Which counters of the reserve a call gets; None where it got others."""
+        found = counters.counters(device, stream, count)
+        assert found.numel() >= count and not found.any()
+        whole = counters._reserves[device].counters
+        start = (found.data_ptr() - whole.data_ptr()) // 4
+        return range(start, start + found.numel()) if 0 <= start < whole.numel() else None
+
+    first = region(7, 40)
+    assert first is not None and region(7, 100) == first  # no new ones for a call after
+    larger = region(7, 1500)
+    assert larger is not None and region(7, 40) == larger
+    capturing = True
+    taken = [first, larger, region(7, 40), region(7, 40), region(8, 40)]  # type: ignore[list-item]
+    capturing = False
+    assert region(7, 40) == larger
+    numbers = [number for some in taken for number in some]
+    assert len(numbers) == len(set(numbers))
+    assert region(8, 4000) is None and region(9, 4000) is None  # nothing is left: made for the call
 
 
 # --- a state of constant size ---------------------------------------------------------------------------------------
@@ -344,6 +452,18 @@ def test_nothing_spills(cache: torch.dtype, queries: int) -> None:
     table, lengths = empty(4, 64, dtype=torch.int32), empty(4, dtype=torch.int32)
     call = lambda q, k, v, r, n, t: plx.decode(q, k, v, r, cache_seqlens=n, page_table=t)
     code = codegen.generate(call, (query, keys, keys, query, lengths, table), target="sm_90", backward=False)
+    if queries == 1 and cache == torch.bfloat16:
+        counts, indices = empty(1, 1, 8, dtype=torch.int32), empty(1, 1, 8, 8, dtype=torch.int32)
+
+        def blocks(*x: Tensor) -> Tensor:
+            lists = dict(zip(LISTS, x[6:], strict=True))
+            mask = BlockMask.from_kv_blocks(**lists, mask_mod=CAUSAL, seq_lengths=(1024, 1024))
+            return plx.decode(*x[:4], cache_seqlens=x[4], page_table=x[5], block_mask=mask)
+
+        given = (query, keys, keys, query, lengths, table, counts, indices, counts, indices)
+        found = codegen.generate(blocks, given, target="sm_90", backward=False)
+        (kernel,) = [kernel for kernel in found.kernels if kernel.stage is not None]
+        assert cubin.compile_kernel(kernel, "sm_90").resources.spills == 0
     for kernel in code.kernels:
         compiled = cubin.compile_kernel(kernel, "sm_90")
         assert compiled.fits and compiled.resources.spills == 0

@@ -6,6 +6,7 @@ import itertools
 import re
 
 import pytest
+import sympy
 import torch
 from expecttest import assert_expected_inline
 from parallax_compile.lowering.candidates import Candidate, candidates, shared_memory
@@ -32,6 +33,37 @@ def test_inference() -> None:
     assert_expected_inline(
         text(make_plan(problem())),
         """forward core_forward [streaming] (2, 2) reads query key value probe writes out lse probe_mean""",
+    )
+
+
+def test_few_rows() -> None:
+    """Which calls split their keys, and how it reads."""
+    assert_expected_inline(
+        text(make_plan(problem(q_length=4))),
+        """forward decode_split [split keys] (2, 2) reads query key value probe writes out""",
+    )
+    splits = lambda **changes: make_plan(problem(**{"q_length": 4, **changes})).stages[-1].name == "decode_split"
+    assert splits(q_length=16, kv_length=512) and splits(kv_length=sympy.Symbol("s"))
+    for kept in (
+        {"q_length": 17},
+        {"q_length": sympy.Symbol("s")},
+        {"kv_length": 511},
+        {"needs_grad": (True, False, False, False)},
+        {"device": "cpu"},
+        {"own_lists": True},
+        {"split_keys": False},
+        {"solved": True, "probe_steps": 4},
+        {"uniform": True, "prefix": True},
+    ):
+        assert not splits(**kept), kept
+    assert splits(q_length=40, kv_length=9, split_keys=True) and not splits(own_lists=True, split_keys=True)
+    names = [s.name for s in make_plan(problem(q_length=4, solved=True, covariance_mod=True)).stages]
+    assert names == ["core_solve", "decode_split"]
+    query, key = torch.empty(1, 8, 2, 64), torch.empty(1, 8, 4096, 64)
+    found = plx.explain(plx.SOFTMAX, query.bfloat16(), key.bfloat16(), key.bfloat16(), target="sm_90")
+    assert "decode_split: few rows: keys are split to fill the device; the program of a head" in str(found)
+    assert (
+        plx.explain(plx.SOFTMAX, query.requires_grad_(), key, key, target="sm_90").plan.stages[0].name == "core_forward"
     )
 
 

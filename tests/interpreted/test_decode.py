@@ -12,7 +12,7 @@ import pytest
 import torch
 from parallax_compile.lowering import inductor_decode
 from support import interpreter
-from support.decoding import Call
+from support.decoding import Call, random_blocks
 from support.oracle import budget, relative_error
 from torch import Tensor
 
@@ -146,6 +146,45 @@ def test_eight_bits(page: int, value_width: int, size: float, mods: bool) -> Non
     for name in ("key_cache", "value_cache"):  # the same bytes as the reference's append
         assert torch.equal(inputs[name].view(torch.uint8), exact[name].view(torch.uint8))
     assert relative_error(got, want) <= budget(2e-3, torch.bfloat16)
+
+
+def test_blocks_at_positions() -> None:
+    """Lists of one row of blocks: full blocks are not asked, blocks in no list are not read; pages, and keys appended."""
+    block_mask, keep = random_blocks(96, 1, (16, 32), lambda b, h, q, k: (k % 3 != 0) & (h < 9))
+    call = Call((40, 0, 94, 17), capacity=96, new=1, page=16, keep=keep, dtype=torch.float32, options={"BLOCK_N": 16})
+    want = call.want()
+    assert call.order is not None
+    for sequence, total in enumerate(call.totals):
+        allowed = keep(torch.tensor([[total - 1]]), torch.arange(96))[0, 0].view(3, 2, 16)
+        for place in torch.arange(6).view(3, 2)[~allowed.any(2).any(1)].flatten():
+            for name in ("key_cache", "value_cache"):
+                call.inputs[name][call.order[sequence, place]] = float("nan")
+    got, compiled, inputs = run_with(call, block_mask)
+    assert relative_error(got, want) < 1e-6
+    assert call.appended(inputs)
+    assert stages(compiled) == ["cache_append", "decode_split"]
+
+
+def test_blocks_of_every_head_and_of_rows_in_two_blocks() -> None:
+    block_mask, keep = random_blocks(100, 4, (16, 48), lambda b, h, q, k: (q + k + h) % 4 != 0)
+    both = lambda row, column: keep(row, column) & (column <= row)
+    spec = PARALLAX.replace(mask_mod=CAUSAL)
+    call = Call((70, 3, 17, 36), queries=5, spec=spec, keep=both, dtype=torch.float32)
+    got, compiled, _ = run_with(call, block_mask)
+    assert relative_error(got, call.want()) < 1e-6
+    assert stages(compiled) == ["decode_split", "decode_merge"]
+
+
+def run_with(call: Call, block_mask: Any) -> tuple[Tensor, interpreter.Interpreted, dict[str, Any]]:
+    compiled = interpreter.interpreted(lambda given: call(given, block_mask=block_mask))
+    inputs = call.fresh()
+    with torch.no_grad():
+        return compiled(inputs), compiled, inputs
+
+
+def stages(compiled: interpreter.Interpreted) -> list[str]:
+    kinds = {kernel.name: kernel.stage for kernel in compiled.code.kernels}
+    return [stage for name in compiled.launches if (stage := kinds[name])]
 
 
 def test_statistics_and_a_solved_probe() -> None:

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 import parallax_compile as plx
 
 from .oracle import low_precision
 
-__all__ = ["Call"]
+__all__ = ["Call", "random_blocks"]
 
 
 @dataclass
@@ -24,7 +25,7 @@ class Call:
         lengths: keys of each sequence before the call.
         queries: rows of each sequence; ``new``: keys that the call appends.
         page: page size of shuffled pages; 0 is a contiguous cache.
-        keep: which keys a row sees, by the positions of row and key; ``spec`` says the same in its mask.
+        keep: which keys a row sees, by the positions of row and key; the masks of ``spec`` and ``block_mask`` say the same.
     """
 
     lengths: tuple[int, ...]
@@ -43,6 +44,7 @@ class Call:
     covariance: Any = None
     offset: float = 0.0
     options: dict[str, Any] | None = None
+    block_mask: BlockMask | None = None
     inputs: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -110,6 +112,7 @@ class Call:
     def __call__(self, inputs: dict[str, Any], **more: Any) -> Any:
         """``plx.decode`` on ``inputs``."""
         mods = {"score_mod": self.score, "covariance_mod": self.covariance}
+        more = {"block_mask": self.block_mask, **more}
         return plx.decode(**inputs, spec=self.spec, kernel_options=self.options, **mods, **more)
 
     def want(self, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -152,3 +155,22 @@ class Call:
             if not torch.equal(got.float().nan_to_num(7.0), wanted.float().nan_to_num(7.0)):
                 return False
         return True
+
+
+def random_blocks(
+    capacity: int, lists: int, sizes: tuple[int, int], mask_mod: Callable[..., Tensor], q_heads: int = 4
+) -> tuple[BlockMask, Callable[[Tensor, Tensor], Tensor]]:
+    """A block mask of random kinds over positions, whose full blocks its ``mask_mod`` knows nothing of.
+
+    Returns:
+        The block mask, and ``keep(row, column)``: bool ``[q_heads, rows, columns]``, of positions ``[rows, 1]``, ``[columns]``.
+    """
+    blocks = [-(-capacity // size) for size in sizes]
+    kinds = torch.randint(0, 3, (1, lists, *blocks), generator=torch.Generator().manual_seed(3), dtype=torch.int8)
+
+    def keep(row: Tensor, column: Tensor) -> Tensor:
+        kind = kinds[0][:, row.clamp(min=0) // sizes[0], column // sizes[1]]
+        zero, head = torch.tensor(0), torch.arange(q_heads)[:, None, None]
+        return (kind == 2) | ((kind == 1) & mask_mod(zero, head, row, column))
+
+    return plx.masks.from_kinds(kinds, (capacity, capacity), sizes, mask_mod), keep
