@@ -443,7 +443,7 @@ def split_keys(
             "SPLIT": merge != "none",
             "MERGE_HERE": merge == "kernel",
             "ONE_PAGE": paged and page_size % candidate.block_n == 0,
-            "MERGED_AT_ONCE": _merged_at_once(value_width, parts, own),
+            **_merged_at_once(value_width, parts, own, used if merge == "kernel" else 1),
         }
         error = _TEMPLATES["decode_split"].maybe_append_choice(
             choices,
@@ -530,10 +530,12 @@ def _unit_of_scores(width: int, key: Any) -> float:
     return 2.0 ** max(0, math.ceil(math.log2(largest / torch.finfo(torch.float16).max)))
 
 
-def _merged_at_once(value_width: int, parts: int, own: Cut) -> int:
-    most = max(1, _MERGED_NUMBERS // (padded(value_width) * parts))
+def _merged_at_once(value_width: int, parts: int, own: Cut, rows: int) -> dict[str, int]:
+    """How many rows, of how many splits, a merge holds at once: powers of two."""
+    merged_rows = 1 << max(0, rows - 1).bit_length()
+    most = max(1, _MERGED_NUMBERS // (merged_rows * padded(value_width) * parts))
     wanted = own.programs if isinstance(own.programs, int) else own.slots + 1
-    return min(most, 1 << max(0, wanted - 1).bit_length())
+    return {"MERGED_ROWS": merged_rows, "MERGED_AT_ONCE": min(most, 1 << max(0, wanted - 1).bit_length())}
 
 
 def _scratch(device: torch.device, sizes: list[Any]) -> Any:

@@ -111,7 +111,7 @@ def test_few_rows_are_merged_without_counters(monkeypatch: pytest.MonkeyPatch) -
     inputs = [torch.empty(1, 2, n, 16, dtype=torch.bfloat16, device="meta") for n in (1, 2048, 2048, 1)]
     found = ahead.ahead_of_time(lambda *t: plx.attention(*t), inputs, resolve("sm_90"), backward=False)
     sources = [found.kernels[step["launch"]].source for step in found.forward.steps if "launch" in step]  # type: ignore[attr-defined]
-    assert len(sources) == 2 and "merged_row(" in sources[1] and not any("COUNTERS" in source for source in sources)
+    assert len(sources) == 2 and "merged_rows(" in sources[1] and not any("COUNTERS" in source for source in sources)
 
 
 def test_memory_is_given_back_after_its_last_use_and_not_before(path: Path) -> None:
