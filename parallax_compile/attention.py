@@ -105,7 +105,8 @@ def attention(
         kernel_options: of the compiled kernels: ``BLOCK_M, BLOCK_N, num_warps, num_stages``; ``USE_TMA`` (bool): whether
             loops read through tensor descriptors; ``HELD_TILES``: how many of the tiles that stay are kept in registers;
             ``WARP_SPECIALIZED`` (bool): the forward by its kernel for Hopper, whose warps copy or compute. Each also with
-            the prefix ``fwd_``, ``bwd_``, ``bwd_query_``, ``bwd_key_`` or ``solve_``.
+            the prefix ``fwd_``, ``bwd_``, ``bwd_query_``, ``bwd_key_`` or ``solve_``. ``DIRECT`` (bool): whether the systems
+            of a solved probe are solved directly (``D`` up to 32) or by conjugate gradients, where the plan would choose.
 
     Returns:
         ``out [B, Hq, Lq, Dv]`` in query's dtype, alone or with what was asked for. A row with no allowed key gives 0,
@@ -129,6 +130,7 @@ def attention(
     validation.check_block_mask(block_mask, query, key)
     validation.check_ridge(ridge, spec, query)
     validation.check_kernel_options(kernel_options)
+    validation.check_solver_options(kernel_options, spec, query)
     request = _aux_request(return_lse, return_aux, spec)
 
     own_mods = any(given is not None for given in (score_mod, covariance_mod, block_mask))

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from .errors import InputError, InputTypeError, UnsupportedError
+from .lowering.plan import WIDEST_DIRECT
 from .lowering.scan import State
 from .lowering.torch_compat import check_arity, raise_input
 from .spec import AttentionSpec
@@ -23,6 +24,7 @@ FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 MAX_WIDTH = 256
 _SCORE_ARGUMENTS = ("score", "b", "h", "q_idx", "kv_idx")
 KERNEL_OPTIONS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "USE_TMA", "HELD_TILES", "WARP_SPECIALIZED")
+SOLVER_OPTIONS = ("DIRECT", "solve_DIRECT")
 KERNEL_OPTION_PREFIXES = ("", "fwd_", "bwd_", "bwd_query_", "bwd_key_", "solve_")
 
 
@@ -253,7 +255,7 @@ def check_kernel_options(options: Any) -> None:
     if not isinstance(options, Mapping):
         raise_input(InputTypeError, f"kernel_options must be a dict or None, but got {type(options).__name__}.")
     for name, option in options.items():
-        known = False
+        known = name in SOLVER_OPTIONS
         for prefix in KERNEL_OPTION_PREFIXES:
             for known_name in KERNEL_OPTIONS:
                 if name == prefix + known_name:
@@ -262,9 +264,9 @@ def check_kernel_options(options: Any) -> None:
             raise_input(
                 InputError,
                 f"kernel_options has an unknown name {name}. Known: {', '.join(KERNEL_OPTIONS)}, "
-                "each also with the prefix fwd_, bwd_, bwd_query_, bwd_key_ or solve_.",
+                "each also with the prefix fwd_, bwd_, bwd_query_, bwd_key_ or solve_; DIRECT, also with solve_.",
             )
-        if name.endswith(("USE_TMA", "WARP_SPECIALIZED")):
+        if name.endswith(("USE_TMA", "WARP_SPECIALIZED", "DIRECT")):
             if not isinstance(option, bool):
                 raise_input(InputTypeError, f"kernel_options[{name}] must be a bool, but got {option}.")
             continue
@@ -273,6 +275,25 @@ def check_kernel_options(options: Any) -> None:
             raise_input(InputError, f"kernel_options[{name}] must be an integer of at least {least}, but got {option}.")
         if "BLOCK" in name and (option < 16 or option & (option - 1)):
             raise_input(InputError, f"kernel_options[{name}] must be a power of two of at least 16, but got {option}.")
+
+
+def check_solver_options(options: Mapping[str, Any] | None, spec: AttentionSpec, query: Tensor) -> None:
+    """``DIRECT`` goes with a solved probe whose rows' matrices fit into registers."""
+    for name in SOLVER_OPTIONS:
+        option = (options or {}).get(name)
+        if option is None:
+            continue
+        if spec.probe.kind != "solved":
+            raise_input(
+                InputError,
+                f"kernel_options[{name}] is of solved probes, but the spec's probe is {spec.probe.kind}. Leave it out.",
+            )
+        if option and query.size(3) > WIDEST_DIRECT:
+            raise_input(
+                InputError,
+                f"kernel_options[{name}] takes widths up to {WIDEST_DIRECT}, because each row's matrix is held in registers, "
+                f"but got D = {query.size(3)}. Leave it out: wider heads are solved by conjugate gradients.",
+            )
 
 
 def check_scan_options(options: Any) -> None:
