@@ -107,7 +107,7 @@ _TABLE: dict[tuple[str, bool, int], _Row] = {
     ("core_solve", False, 256): ((16, 16, 8, 1), (16, 16, 4, 1)),
     # Guesses, by registers, which the matrices of a tile's rows half fill (`_holds_matrices`). The values may be of any width.
     **{
-        ("core_solve_direct", half, widest): ((64, 16, 4, 2), (128, 32, 8, 2), (32, 16, 8, 1), (16, 16, 4, 1))
+        ("core_solve_direct", half, widest): ((64, 16, 4, 2), (128, 32, 8, 2), (16, 16, 8, 1), (32, 16, 8, 1))
         for half in (True, False)
         for widest in (64, 128, 256)
     },

@@ -177,14 +177,16 @@ def scan_segments(batch: Any, heads: Any, length: Any) -> int:
     return max(1, min(most, -(-_SCAN_PROGRAMS // max(1, 2 * batch * heads))))
 
 
-# What one row and key costs beside the products of a solver, and what a row's matrix costs, in multiply-adds of the tensor cores: of
-# a weight, its exponential and the operations around it; of a number in float32, that the ordinary units take 16 times as long.
-_WEIGHT_COST = 256
+# Costs of a solve in multiply-adds of the tensor cores, of which an H100's multiprocessor has 2048 a clock: an operation in float32
+# (128 a clock), and a weight: its exponential (16 a clock) and the operations around it. At D = 64 and 128 a step of
+# conjugate gradients took 1.4 and 1.9 times as long as this says (benchmarks/NOTES.md).
 _FLOAT32_COST = 16
+_WEIGHT_COST = 256
 # Operations on a product of two key entries until it is two 16-bit terms, and on an entry of a matrix in one of its sweeps.
 _PAIR_OPERATIONS = 8
 _SWEEP_OPERATIONS = 6
-_ROWS_OF_TILE = 64
+_WORTH_IT = 0.75  # of the cost of conjugate gradients, because these are estimates
+_MATRIX_ENTRIES = 64 * 16 * 16  # that a tile's rows have together
 WIDEST_DIRECT = 32
 """The widest keys whose matrices a tile of rows can hold in registers."""
 
@@ -237,12 +239,18 @@ def solve_method(width: int, keys: Any, asked: bool | None = None) -> SolveMetho
     padded = max(16, 1 << (width - 1).bit_length())
     steps = min(EXPECTED_ITERATIONS, width)
     iterated = steps * (3 * padded + _WEIGHT_COST)
-    pairs = padded**2 * (3 + _PAIR_OPERATIONS * _FLOAT32_COST / _ROWS_OF_TILE)
+    rows = _MATRIX_ENTRIES // padded**2
+    pairs = padded**2 * (3 + _PAIR_OPERATIONS * _FLOAT32_COST / rows)
     direct = pairs + 6 * padded + 2 * _WEIGHT_COST
-    if isinstance(keys, int):
-        direct += _SWEEP_OPERATIONS * _FLOAT32_COST * padded**2 * width / max(1, keys)
+    if known_size(keys):
+        direct += _SWEEP_OPERATIONS * _FLOAT32_COST * padded**2 * width / max(1, int(keys))
     compared = f"a direct solve costs about {direct / iterated:.1f} times {steps} steps of conjugate gradients"
-    return SolveMethod(direct < iterated, compared)
+    return SolveMethod(direct <= _WORTH_IT * iterated, compared)
+
+
+def known_size(size: Any) -> bool:
+    """Whether a size is a number, Python's or the compiler's, and not a symbol."""
+    return isinstance(size, int) or bool(getattr(size, "is_Integer", False))
 
 
 Merge = Literal["none", "kernel", "stage"]
@@ -448,7 +456,7 @@ def _solved(problem: Problem, algorithm: Algorithm) -> list[Stage]:
     """
     scores, apart = int(not problem.uniform), problem.covariance_mod
     if algorithm == "row chunks":
-        method = SolveMethod(False, "cpu")
+        method = SolveMethod(False, "cpu: the rows of a chunk iterate together")
     else:
         method = solve_method(problem.width, problem.kv_length, problem.direct)
     # A direct solve: the entries of the matrix in three terms, then the residual, whose factors are in two.
