@@ -177,8 +177,8 @@ def scan_segments(batch: Any, heads: Any, length: Any) -> int:
     return max(1, min(most, -(-_SCAN_PROGRAMS // max(1, 2 * batch * heads))))
 
 
-# Costs of a solve in multiply-adds of the tensor cores, of which an H100's multiprocessor has 2048 a clock: an operation in float32
-# (128 a clock), and a weight: its exponential (16 a clock) and the operations around it. At D = 64 and 128 a step of
+# Costs of a solve in multiply-adds of the tensor cores, of which an H100's multiprocessor has 2048 a clock: an operation in
+# float32 (128 a clock), and a weight: its exponential (16 a clock) and the operations around it. At D = 64 and 128 a step of
 # conjugate gradients took 1.4 and 1.9 times as long as this says (benchmarks/NOTES.md).
 _FLOAT32_COST = 16
 _WEIGHT_COST = 256
@@ -223,9 +223,9 @@ def asked_direct(options: Mapping[str, Any]) -> bool | None:
 def solve_method(width: int, keys: Any, asked: bool | None = None) -> SolveMethod:
     """Choose the solver of a call's systems by what each costs for a row and a key, but for what both do.
 
-    Conjugate gradients meet every key in each step: the weight, ``k.x`` and the weights times the keys, three products of width
-    D. The direct solve meets them twice: for the matrix, whose D x D entries are one product for all rows of a tile (in three terms),
-    and for the residual; and it inverts the matrix, D^3 for each row, the same for any number of keys.
+    Conjugate gradients meet every key in each step: the weight, ``k.x`` and the weights times the keys, three products of
+    width D. The direct solve meets them twice: for the matrix, whose D x D entries are one product for all rows of a tile (in
+    three terms), and for the residual; and it inverts the matrix, D^3 for each row, the same for any number of keys.
 
     Args:
         width: ``D``.

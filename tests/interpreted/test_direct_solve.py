@@ -1,4 +1,4 @@
-"""The direct solve of narrow heads: generated kernels in the interpreter, against float64 and ridge regressions solved as such."""
+"""The direct solve of narrow heads: generated kernels in the interpreter, against float64 and plain ridge regressions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def operands(rows: int, columns: int, width: int, value_width: int, dtype: torch
 
 
 def run(spec: plx.AttentionSpec, inputs: list[Tensor], **call: Any) -> tuple[list[Tensor], list[Tensor], Any, list]:
-    """Output and gradients, of the inputs and of a ridge for each head, generated and in float64; aux output; stages that ran."""
+    """Output and gradients (inputs, a ridge for each head), generated and in float64; aux output; the stages that ran."""
     request, aux = plx.AuxRequest(iterations=True, residual=True), []
     ridge = torch.tensor([1.0, 1.5])[:, None] * spec.probe.ridge  # type: ignore[union-attr]
 
@@ -78,8 +78,9 @@ def test_it_is_the_ridge_regression_whatever_the_ridge(dtype: torch.dtype, ridge
     # One rounding of the weights. In float32 rows with fewer keys than widths magnify a rounding by their condition.
     allowed = 1.2 * ROUNDING[dtype] if dtype != torch.float32 else 4 * ROUNDING[dtype] / ridge
     errors = [relative_error(a, b) for a, b in zip(got, want, strict=True)]
-    # In the first rows the solution is as large as the inverse of the ridge.
-    assert float(aux.residual.max()) < 1e-3 and int(aux.iterations.max()) <= 2
+    # The matrices are as good as float32: 16-bit inputs need no refinement.
+    assert dtype == torch.float32 or not aux.iterations.any()
+    assert float(aux.residual.max()) < 1e-3
     assert max(errors) <= allowed
 
 
@@ -91,27 +92,24 @@ def test_keys_far_from_zero_rows_without_keys_and_mods() -> None:
     assert stages == STAGES
     assert not got[0][:, :, :5].any() and not got[1][:, :, :5].any()
     errors = [relative_error(a, b) for a, b in zip(got, want, strict=True)]
-    print(errors, aux.residual.max())
+    assert not aux.iterations.any() and float(aux.residual.max()) < 1e-2
     assert max(errors) <= 1.2 * ROUNDING[torch.bfloat16]
 
 
 @pytest.mark.parametrize("intercept", [True, False])
 def test_the_core_makes_the_output_of_a_covariance_mod(intercept: bool) -> None:
     """The solve without values, its adjoint with a right-hand side from elsewhere; with and without intercept; no mask."""
-    spec = plx.AttentionSpec(
-        probe=plx.Solved(0.1), intercept=intercept, covariance_mod=plx.mods.tanh_cap(4.0)
-    )
+    spec = plx.AttentionSpec(probe=plx.Solved(0.1), intercept=intercept, covariance_mod=plx.mods.tanh_cap(4.0))
     inputs = operands(40, 50, 16, 16, torch.bfloat16)
     got, want, _, stages = run(spec, inputs)
     assert stages.count("core_solve_direct") == 2 and "core_forward" in stages
     errors = [relative_error(a, b) for a, b in zip(got, want, strict=True)]
-    print(errors)
     assert max(errors) <= 2 * ROUNDING[torch.bfloat16]
 
 
 @pytest.mark.parametrize("intercept", [True, False])
 def test_a_system_that_cannot_be_solved(intercept: bool) -> None:
-    """A ridge that makes a system indefinite or singular leaves the zero probe, a residual that says so, and no NaN anywhere."""
+    """An indefinite system leaves the zero probe and a residual that says so; a singular one is finite too."""
     spec = plx.AttentionSpec(probe=plx.Solved(), intercept=intercept, mask_mod=plx.masks.causal())
     ridge = torch.where(torch.arange(40) % 3 == 0, -50.0, 1.0)
     ridge[1] = 0.0  # two keys: a matrix of rank 1, or 2
@@ -123,7 +121,9 @@ def test_a_system_that_cannot_be_solved(intercept: bool) -> None:
     generated = interpreter.interpreted(call)
     out, aux = generated(*inputs)
     bad = slice(3, None, 3)
-    assert "core_solve_direct" in {kernel.stage for kernel in generated.code.kernels if kernel.name in generated.launches}
+    assert "core_solve_direct" in {
+        kernel.stage for kernel in generated.code.kernels if kernel.name in generated.launches
+    }
     assert float(aux.residual[:, :, bad].min()) > 0.5 and float(aux.residual[:, :, 4::3].max()) < 1e-3
     softmax = plx.attention(*inputs, spec=plx.SOFTMAX.replace(mask_mod=plx.masks.causal()), enable_gqa=True)
     want = softmax if intercept else torch.zeros_like(out)
