@@ -105,6 +105,12 @@ _TABLE: dict[tuple[str, bool, int], _Row] = {
     ("core_solve", False, 64): ((32, 32, 4, 2), (16, 16, 4, 1)),
     ("core_solve", False, 128): ((16, 32, 4, 1), (16, 16, 4, 1)),
     ("core_solve", False, 256): ((16, 16, 8, 1), (16, 16, 4, 1)),
+    # Guesses, by registers, which the matrices of a tile's rows half fill (`_holds_matrices`). The values may be of any width.
+    **{
+        ("core_solve_direct", half, widest): ((64, 16, 4, 2), (128, 32, 8, 2), (16, 16, 8, 1), (32, 16, 8, 1))
+        for half in (True, False)
+        for widest in (64, 128, 256)
+    },
     # Of a scan, BLOCK_N is the number of the values' columns that a program takes.
     ("scan_totals", True, 64): ((64, 64, 4, 3), (64, 64, 4, 2)),
     ("scan_totals", True, 128): ((64, 128, 4, 2), (64, 64, 4, 3), (64, 128, 8, 3), (32, 32, 4, 2)),
@@ -198,6 +204,7 @@ _TABLE_TF32: dict[tuple[str, bool, int], _Row] = {
 _OPTION_PREFIXES = {
     "core_forward": ("", "fwd_"),
     "core_solve": ("", "solve_"),
+    "core_solve_direct": ("", "solve_"),
     "scan_totals": ("", "totals_"),
     "scan_product": ("", "scan_"),
     "scan_states": ("", "states_"),
@@ -240,6 +247,9 @@ def shared_memory(stage: str, candidate: Candidate, width: int, value_width: int
     elif stage == "core_solve":
         # The direction, or the solution in two terms beside the values.
         stay, stream = 3 * bm * d, bn * (d + dv)
+    elif stage == "core_solve_direct":
+        # The products of pairs of key entries, and the weights, in two terms.
+        stay, stream = 3 * bm * d + 2 * bn * (d * d + bm), bn * (d + dv)
     elif stage == "scan_totals" or stage == "scan_states":
         stay, stream = 0, bm * (d + bn)
     elif stage == "scan_systems":
@@ -339,7 +349,15 @@ def table(
     key = (stage, itemsize == 2, _row(width, value_width))
     special = _TABLE_WITHOUT_PROBE if not row_tiles else _TABLE_TF32 if tf32 and itemsize == 4 else {}
     rows = special.get(key) or _TABLE[key]
+    if stage == "core_solve_direct":
+        rows = tuple(row for row in rows if _holds_matrices(row, padded(width)))
     return [Candidate(*values) for values in rows]  # type: ignore[arg-type]  # the fifth of a row is a bool
+
+
+def _holds_matrices(row: tuple[int, ...], width: int) -> bool:
+    """Whether a tile's matrices, one of ``width`` squared for each row, take half of the registers at most."""
+    block_m, _, num_warps, *_ = row
+    return block_m * width * width <= 128 * 32 * num_warps
 
 
 def specialized_table(stage: str, width: int, value_width: int, probe: bool) -> list[Candidate]:

@@ -30,7 +30,7 @@ from .inductor_shared import (
 )
 from .mod_graphs import digest, is_always_true, is_elementary
 from .operator import BlockMaskOperands, attention_backward, attention_forward
-from .plan import Plan, Problem, make_plan, split_choice, splits_keys
+from .plan import Plan, Problem, asked_direct, make_plan, solve_method, split_choice, splits_keys
 from .solve import attention_solve
 from .torch_compat import inductor
 from .torch_compat_gluon import has_gluon
@@ -65,6 +65,7 @@ _TEMPLATES = {
         ("core_backward_query", _tiles_of_rows),
         ("core_backward_key", _tiles_of_keys),
         ("core_solve", _tiles_of_rows),
+        ("core_solve_direct", _tiles_of_rows),
     )
 }
 
@@ -602,8 +603,9 @@ def _lower_solve(*arguments: Any) -> Any:
     order = ("Q", "K", "V", "RIGHT", "RIDGE", "PROBE", "GRAD_OUT", "GRAD_MEAN", *row_terms, "OUT")
     absent = ([] if value is not None else ["V"]) + ([] if makes_output else ["OUT"])
     inputs = {name: inputs[name] for name in order if name in inputs and name not in absent}
+    problem = plan.problem
     x = _instantiate(
-        "core_solve",
+        solve_method(problem.width, problem.kv_length, asked_direct(solver)).stage,
         call,
         plan.problem,
         inputs,

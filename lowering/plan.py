@@ -16,6 +16,7 @@ Algorithm = Literal[
     "row chunks",
     "pointwise",
     "conjugate gradients",
+    "direct solve",
     "gradient steps",
     "chunked scan",
     "split keys",
@@ -64,6 +65,7 @@ class Problem:
         cache_itemsize: bytes of a number of keys and values, where it is not that of the queries (8-bit caches).
         split_keys: the user's choice whether the keys of few rows are split; None leaves it to the plan.
         own_lists: whether query heads that share a key head have lists of blocks of their own, or rows several lists.
+        direct: whether the systems are to be solved directly, where the user says so.
     """
 
     batch: int
@@ -92,6 +94,7 @@ class Problem:
     cache_itemsize: int | None = None
     split_keys: bool | None = None
     own_lists: bool = False
+    direct: bool | None = None
 
     @property
     def scans(self) -> bool:
@@ -211,6 +214,82 @@ def split_choice(options: Mapping[str, Any] | None) -> bool | None:
         if name in options or "fwd_" + name in options:
             return False
     return None
+
+
+# Costs of a solve in multiply-adds of the tensor cores, of which an H100's multiprocessor has 2048 a clock: an operation in
+# float32 (128 a clock), and a weight: its exponential (16 a clock) and the operations around it. At D = 64 and 128 a step of
+# conjugate gradients took 1.4 and 1.9 times as long as this says (benchmarks/NOTES.md).
+_FLOAT32_COST = 16
+_WEIGHT_COST = 256
+# Operations on a product of two key entries until it is two 16-bit terms, and on an entry of a matrix in one of its sweeps.
+_PAIR_OPERATIONS = 8
+_SWEEP_OPERATIONS = 6
+_WORTH_IT = 0.75  # of the cost of conjugate gradients, because these are estimates
+_MATRIX_ENTRIES = 64 * 16 * 16  # that a tile's rows have together
+WIDEST_DIRECT = 32
+"""The widest keys whose matrices a tile of rows can hold in registers."""
+
+
+@dataclass(frozen=True)
+class SolveMethod:
+    """How the systems of solved probes are solved where the keys are streamed.
+
+    Attributes:
+        direct: by factorising each row's matrix, and not by conjugate gradients.
+        reason: why.
+    """
+
+    direct: bool
+    reason: str
+
+    @property
+    def stage(self) -> str:
+        """The stage, a template."""
+        return "core_solve_direct" if self.direct else "core_solve"
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """What the plan calls it."""
+        return "direct solve" if self.direct else "conjugate gradients"
+
+
+def asked_direct(options: Mapping[str, Any]) -> bool | None:
+    """What the user's ``kernel_options`` say of the solver; None where they say nothing."""
+    found: bool | None = options.get("solve_DIRECT", options.get("DIRECT"))
+    return found
+
+
+def solve_method(width: int, keys: Any, asked: bool | None = None) -> SolveMethod:
+    """Choose the solver of a call's systems by what each costs for a row and a key, but for what both do.
+
+    Conjugate gradients meet every key in each step: the weight, ``k.x`` and the weights times the keys, three products of
+    width D. The direct solve meets them twice: for the matrix, whose D x D entries are one product for all rows of a tile (in
+    three terms), and for the residual; and it inverts the matrix, D^3 for each row, the same for any number of keys.
+
+    Args:
+        width: ``D``.
+        keys: that a row may see, perhaps a symbol: many.
+        asked: the user's choice (``kernel_options["DIRECT"]``).
+    """
+    if asked is not None:
+        return SolveMethod(asked, "kernel_options ask for it")
+    if width > WIDEST_DIRECT:
+        return SolveMethod(False, f"the matrices of a tile's rows fit into registers up to D = {WIDEST_DIRECT}")
+    padded = max(16, 1 << (width - 1).bit_length())
+    steps = min(EXPECTED_ITERATIONS, width)
+    iterated = steps * (3 * padded + _WEIGHT_COST)
+    rows = _MATRIX_ENTRIES // padded**2
+    pairs = padded**2 * (3 + _PAIR_OPERATIONS * _FLOAT32_COST / rows)
+    direct = pairs + 6 * padded + 2 * _WEIGHT_COST
+    if known_size(keys):
+        direct += _SWEEP_OPERATIONS * _FLOAT32_COST * padded**2 * width / max(1, int(keys))
+    compared = f"a direct solve costs about {direct / iterated:.1f} times {steps} steps of conjugate gradients"
+    return SolveMethod(direct <= _WORTH_IT * iterated, compared)
+
+
+def known_size(size: Any) -> bool:
+    """Whether a size is a number, Python's or the compiler's, and not a symbol."""
+    return isinstance(size, int) or bool(getattr(size, "is_Integer", False))
 
 
 Merge = Literal["none", "kernel", "stage"]
@@ -419,13 +498,18 @@ def _solved(problem: Problem, algorithm: Algorithm) -> list[Stage]:
     A covariance_mod acts after the solve: there the core makes the output, and differentiates it by itself.
     """
     scores, apart = int(not problem.uniform), problem.covariance_mod
-    steps = problem.probe_steps * (scores + 2)
+    if algorithm == "row chunks":
+        method = SolveMethod(False, "cpu: the rows of a chunk iterate together")
+    else:
+        method = solve_method(problem.width, problem.kv_length, problem.direct)
+    # A direct solve: the entries of the matrix in three terms, then the residual, whose factors are in two.
+    steps = 2 * scores + 3 * problem.width + 4 if method.direct else problem.probe_steps * (scores + 2)
     # The mean key and what is made of the solution take its terms one by one.
     mean, output = scores + 2, (0, 0) if apart else (scores + 2, 1)
     forward = Stage(
-        "core_solve", "conjugate gradients", "forward", (mean + steps + output[0], output[1]),
+        method.stage, method.algorithm, "forward", (mean + steps + output[0], output[1]),
         ("query", "key", *(() if apart else ("value",))), ("probe", "lse", *(() if apart else ("probe_mean", "out"))),
-        "the probe of each row by its ridge system, which is never formed"
+        f"the probe of each row by its ridge system ({method.reason})"
         + ("" if apart else "; then its output: one product, because LSE and t are known"),
     )  # fmt: skip
     stages = [forward, _forward(problem, algorithm)] if apart else [forward]
@@ -434,7 +518,7 @@ def _solved(problem: Problem, algorithm: Algorithm) -> list[Stage]:
     if apart:
         stages += _backward(problem, algorithm)
     adjoint = Stage(
-        "core_solve", "conjugate gradients", "backward", (mean + steps + output[0], output[1]),
+        method.stage, method.algorithm, "backward", (mean + steps + output[0], output[1]),
         ("query", "key", "probe", *(() if apart else ("value", "grad_out"))), ("grad_probe", "tau", "beta"),
         "implicit differentiation: the same systems for the probe's gradient, and the exact row terms",
     )  # fmt: skip

@@ -30,6 +30,7 @@ from torch import Tensor
 from .dense import in_layout_of
 from .operator import empty_in_layout_of, statistics_dtype
 from .plan import CHUNK
+from .torch_compat import in_memory
 
 _CPU_CHUNK = 128
 
@@ -128,6 +129,11 @@ def chunked(tensor: Tensor, heads: int, chunk: Any, count: Any, dtype: torch.dty
     filler = tensor.new_zeros((*tensor.shape[:2], missing, *tensor.shape[3:]))
     padded = torch.cat([tensor, filler], 2).to(dtype)
     return padded.unflatten(2, (count, chunk)).unflatten(1, (heads, tensor.size(1) // heads))
+
+
+def unchunked(tensor: Tensor, length: Any) -> Tensor:
+    """``[B, heads, G, N, C, ...]`` as ``[B, heads * G, length, ...]``, without the rows that fill up the last chunk."""
+    return in_memory(tensor.flatten(3, 4))[:, :, :, :length].flatten(1, 2)
 
 
 def _masked(tensor: Tensor, keep: Tensor | None) -> Tensor:
@@ -288,7 +294,7 @@ def product(
             mean = seen((xs @ firsts[..., None])[..., 0])
             mean = (mean if scores is None else mean + scores.sum(-1)) * scale
             found = mean + given if role == "probe" else mean
-            found = found.flatten(3)[..., :length].flatten(1, 2)
+            found = unchunked(found, length)
         total = given + ((mean + (1.0 if role == "out" else 0.0)) if intercept else 0.0)
         if isinstance(total, Tensor):
             y = y + seen(total[..., None] * seconds[..., None, :])
@@ -298,7 +304,7 @@ def product(
         y = y + (within.sum(2, keepdim=True) if backward else within)
     if role == "out":
         y = y * scale[..., None]
-    y = y.flatten(3, 4)[:, :, :, :length].flatten(1, 2).to(dtype)
+    y = unchunked(y, length).to(dtype)
     ends = [state.clone() for state in flip(final)] if save_state else [x.new_empty(0, dtype=wide) for _ in range(3)]
     return in_layout_of(x, y), found.contiguous(), ends[0].contiguous(), ends[1], ends[2]
 

@@ -24,7 +24,7 @@ from .cache_key import CACHE_SALT
 from .cpu import conjugate_gradients
 from .operator import statistics_dtype
 from .plan import CHUNK
-from .scan_products import Chunks, chunk_sums, chunked, product, totals
+from .scan_products import Chunks, chunk_sums, chunked, product, totals, unchunked
 
 # --- what the kernels compute ---------------------------------------------------------------------------------------
 
@@ -142,7 +142,7 @@ def systems(
     x, residual, used = conjugate_gradients(image, b, lam, solver, (lam, mean.expand(b.shape), *system))
 
     def rows(tensor: Tensor) -> Tensor:
-        return tensor.flatten(3, 4)[:, :, :, :length].flatten(1, 2).contiguous()
+        return unchunked(tensor, length).contiguous()
 
     return rows(x), rows((x * mean).sum(-1)), rows(used), rows(residual.norm(dim=-1))
 

@@ -53,6 +53,7 @@ __all__ = [
     "compile_fx",
     "create_fw_bw_graph",
     "functionalized_mutates",
+    "in_memory",
     "inductor",
     "inline_in_lowering",
     "length_hint",
@@ -107,6 +108,8 @@ FENCED: dict[str, tuple[str, ...]] = {
     "torch._inductor.decomposition:select_decomp_table": (),
     "torch._inductor.fx_passes.post_grad:view_to_reshape": ("gm",),
     "torch._inductor.lowering:process_subgraph_nodes": ("graph_module", "args"),
+    "torch._inductor.inductor_prims:force_stride_order": (),
+    "torch._subclasses.fake_tensor:FakeTensor": (),
     "torch._higher_order_ops.utils:register_fake": ("hop", "fn"),
     "torch._higher_order_ops.utils:redirect_to_mode": ("hop", "mode"),
     "torch._higher_order_ops.utils:validate_subgraph_args_types": ("lifted_args",),
@@ -576,6 +579,18 @@ def inline_in_lowering(function: Callable[..., Any], arguments: Sequence[Any]) -
     _views_as_reshapes(traced)
     with _no_donated_buffers():
         return process_subgraph_nodes(traced, [*(given[i] for i in dynamic), *names])
+
+
+def in_memory(tensor: Tensor) -> Tensor:
+    """``tensor``, which Inductor is to keep in memory and not to compute where it is read, while it inlines.
+
+    For chunks that are read as rows and cut to a length: on a CPU Inductor splits a loop whose index it divides by the chunk
+    into whole chunks, and loses the rows that are left (``CppScheduling.try_loop_split``, torch 2.11 to 2.13).
+    """
+    if not isinstance(tensor, _resolve("torch._subclasses.fake_tensor:FakeTensor")):
+        return tensor
+    found: Tensor = _resolve("torch._inductor.inductor_prims:force_stride_order")(tensor, tensor.stride())
+    return found
 
 
 @contextlib.contextmanager

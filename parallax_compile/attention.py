@@ -108,6 +108,8 @@ def attention(
             the prefix ``fwd_``, ``bwd_``, ``bwd_query_``, ``bwd_key_`` or ``solve_``. ``SPLIT_KEYS`` (bool): whether the
             kernels of decoding make the output, which take a split of the keys each; left out, they do where no gradient is
             wanted, for up to 16 rows and 512 keys or more.
+            the prefix ``fwd_``, ``bwd_``, ``bwd_query_``, ``bwd_key_`` or ``solve_``. ``DIRECT`` (bool): whether the systems
+            of a solved probe are solved directly (``D`` up to 32) or by conjugate gradients, where the plan would choose.
 
     Returns:
         ``out [B, Hq, Lq, Dv]`` in query's dtype, alone or with what was asked for. A row with no allowed key gives 0,
@@ -131,6 +133,7 @@ def attention(
     validation.check_block_mask(block_mask, query, key)
     validation.check_ridge(ridge, spec, query)
     validation.check_kernel_options(kernel_options)
+    validation.check_solver_options(kernel_options, spec, query)
     request = _aux_request(return_lse, return_aux, spec)
 
     own_mods = any(given is not None for given in (score_mod, covariance_mod, block_mask))

@@ -296,7 +296,7 @@ def explain(
         plan,
         resolved,
         tuple(_explain_stage(plan, stage, resolved) for stage in plan.stages),
-        advice=tuple(_advice(problem, spec, block_mask)),
+        advice=tuple(_advice(plan, spec, block_mask)),
         blocks=None if mask is None else block_kinds(mask)[0, 0],
     )
     if not kernels:
@@ -312,9 +312,9 @@ def explain(
     return replace(explanation, kernels=found)
 
 
-def _advice(problem: Problem, spec: AttentionSpec, block_mask: BlockMask | None) -> list[str]:
+def _advice(plan: Plan, spec: AttentionSpec, block_mask: BlockMask | None) -> list[str]:
     """What the caller could change, whatever the kernels are."""
-    found = []
+    problem, found = plan.problem, []
     for name, width in (("D", problem.width), ("Dv", problem.value_width)):
         if padded(width) != width:
             found.append(f"{name} = {width} is computed as {padded(width)}: a power of two wastes nothing")
@@ -326,7 +326,7 @@ def _advice(problem: Problem, spec: AttentionSpec, block_mask: BlockMask | None)
         found.append(
             "infinite bandwidth takes linear time only under a causal mask, or none, and without a covariance_mod"
         )
-    if problem.solved:
+    if problem.solved and any(stage.algorithm == "conjugate gradients" for stage in plan.stages):
         found.append("each step of the solver is as long as a forward: a larger ridge takes fewer")
     return found
 

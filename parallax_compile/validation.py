@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from .block_masks import own_lists
 from .errors import InputError, InputTypeError, UnsupportedError
-from .lowering.plan import ONLY_OF_THE_CORE
+from .lowering.plan import ONLY_OF_THE_CORE, WIDEST_DIRECT
 from .lowering.scan import State
 from .lowering.torch_compat import check_arity, raise_input
 from .spec import AttentionSpec
@@ -26,6 +26,7 @@ MAX_WIDTH = 256
 _SCORE_ARGUMENTS = ("score", "b", "h", "q_idx", "kv_idx")
 KERNEL_OPTIONS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "USE_TMA", "HELD_TILES", "WARP_SPECIALIZED")
 CALL_OPTIONS = ("SPLIT_KEYS",)  # of the whole call: without a prefix
+SOLVER_OPTIONS = ("DIRECT", "solve_DIRECT")
 KERNEL_OPTION_PREFIXES = ("", "fwd_", "bwd_", "bwd_query_", "bwd_key_", "solve_")
 
 
@@ -261,7 +262,7 @@ def check_kernel_options(options: Any) -> None:
     if not isinstance(options, Mapping):
         raise_input(InputTypeError, f"kernel_options must be a dict or None, but got {type(options).__name__}.")
     for name, option in options.items():
-        known = name in CALL_OPTIONS
+        known = name in (*CALL_OPTIONS, *SOLVER_OPTIONS)
         for prefix in KERNEL_OPTION_PREFIXES:
             for known_name in KERNEL_OPTIONS:
                 if name == prefix + known_name:
@@ -270,9 +271,10 @@ def check_kernel_options(options: Any) -> None:
             raise_input(
                 InputError,
                 f"kernel_options has an unknown name {name}. Known: {', '.join(KERNEL_OPTIONS)}, "
-                f"each also with the prefix fwd_, bwd_, bwd_query_, bwd_key_ or solve_; and {', '.join(CALL_OPTIONS)}.",
+                "each also with the prefix fwd_, bwd_, bwd_query_, bwd_key_ or solve_; DIRECT, also with solve_; and "
+                f"{', '.join(CALL_OPTIONS)}.",
             )
-        if name.endswith(("USE_TMA", "WARP_SPECIALIZED", "SPLIT_KEYS")):
+        if name.endswith(("USE_TMA", "WARP_SPECIALIZED", "SPLIT_KEYS", "DIRECT")):
             if not isinstance(option, bool):
                 raise_input(InputTypeError, f"kernel_options[{name}] must be a bool, but got {option}.")
             continue
@@ -305,6 +307,25 @@ def check_split_keys(
             f"{given} block_mask has several lists of blocks for the rows of a key head (one for each query head, or for each "
             "block of rows). Make it with H=None and one block of rows, or leave the option out.",
         )
+
+
+def check_solver_options(options: Mapping[str, Any] | None, spec: AttentionSpec, query: Tensor) -> None:
+    """``DIRECT`` goes with a solved probe whose rows' matrices fit into registers."""
+    for name in SOLVER_OPTIONS:
+        option = (options or {}).get(name)
+        if option is None:
+            continue
+        if spec.probe.kind != "solved":
+            raise_input(
+                InputError,
+                f"kernel_options[{name}] is of solved probes, but the spec's probe is {spec.probe.kind}. Leave it out.",
+            )
+        if option and query.size(3) > WIDEST_DIRECT:
+            raise_input(
+                InputError,
+                f"kernel_options[{name}] takes widths up to {WIDEST_DIRECT}, because each row's matrix is held in registers, "
+                f"but got D = {query.size(3)}. Leave it out: wider heads are solved by conjugate gradients.",
+            )
 
 
 def check_scan_options(options: Any) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 _HERE = Path(__file__).parent
 _SHARED = {
+    "core_solve": ("tiles", "solve_shared", "core_shared", "core_solve_shared"),
     "core": ("tiles", "solve_shared", "core_shared"),
     "scan": ("tiles", "solve_shared", "scan_shared"),
     "decode": ("tiles", "solve_shared", "core_shared", "decode_shared"),
@@ -21,7 +22,8 @@ def load(name: str) -> str:
     Raises:
         FileNotFoundError: there is no such template.
     """
-    return "".join(map(_read, (*_SHARED[name.split("_")[0]], name)))
+    shared = next(parts for family, parts in _SHARED.items() if name.startswith(family))
+    return "".join(map(_read, (*shared, name)))
 
 
 def texts() -> list[bytes]:

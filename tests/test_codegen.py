@@ -199,6 +199,20 @@ def test_a_solved_probe_is_one_stage_forward_and_three_backward() -> None:
             cubin.compile_kernel(kernel, "sm_90")
 
 
+@pytest.mark.parametrize("width", [16, 32])
+def test_a_direct_solve_hardly_spills_on_hopper(width: int) -> None:
+    """Its matrices are half of the registers, and stay there."""
+    inputs = operands(width=width, length=1024)[:3]
+    options = {"DIRECT": True} if width > 16 else None
+    call = lambda *x: plx.attention(*x, spec=plx.LLA, enable_gqa=True, kernel_options=options)
+    code = codegen.generate(call, inputs, target="sm_90", backward=width == 16)
+    kernels = [kernel for kernel in code.kernels if kernel.stage == "core_solve_direct"]
+    assert len(kernels) == (2 if width == 16 else 1)
+    for kernel in kernels:
+        compiled = cubin.compile_kernel(kernel, "sm_90")
+        assert compiled.fits and (compiled.resources.spills or 0) <= 256
+
+
 # --- nothing is left behind -----------------------------------------------------------------------------------------
 
 

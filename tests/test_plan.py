@@ -10,7 +10,7 @@ import sympy
 import torch
 from expecttest import assert_expected_inline
 from parallax_compile.lowering.candidates import Candidate, candidates, shared_memory
-from parallax_compile.lowering.plan import Problem, make_plan
+from parallax_compile.lowering.plan import Problem, make_plan, solve_method
 from parallax_compile.lowering.targets import TARGETS
 
 import parallax_compile as plx
@@ -82,6 +82,41 @@ def test_softmax_costs_what_softmax_costs() -> None:
     plan = make_plan(problem(has_probe=False, needs_grad=(True, True, True, False)))
     assert [stage.products for stage in plan.stages] == [(1, 1), (0, 0), (2, 1), (2, 2)]
     assert "probe" not in text(plan)
+
+
+def test_narrow_solves_are_direct_where_that_is_cheaper() -> None:
+    narrow = {"width": 16, "value_width": 16, "probe_steps": 16, "solved": True}
+    plan = make_plan(problem(**narrow, needs_grad=(True,) * 4))
+    assert_expected_inline(
+        "\n".join(f"{s.direction} {s.name} [{s.algorithm}] {s.products}: {s.reason}" for s in plan.stages[:2]),
+        """\
+forward core_solve_direct [direct solve] (60, 1): the probe of each row by its ridge system (a direct solve costs about 0.4 times 16 steps of conjugate gradients); then its output: one product, because LSE and t are known
+backward core_solve_direct [direct solve] (60, 1): implicit differentiation: the same systems for the probe's gradient, and the exact row terms""",  # noqa: E501
+    )
+    chosen = {
+        (width, length): make_plan(problem(**narrow | {"width": width}, kv_length=length)).stages[0].name
+        for width, length in ((16, 4096), (16, 256), (16, 64), (8, 4096), (20, 4096), (32, 1 << 20), (64, 4096))
+    }
+    assert_expected_inline(
+        "\n".join(f"{sizes}: {stage}" for sizes, stage in chosen.items()),
+        """\
+(16, 4096): core_solve_direct
+(16, 256): core_solve_direct
+(16, 64): core_solve
+(8, 4096): core_solve
+(20, 4096): core_solve
+(32, 1048576): core_solve
+(64, 4096): core_solve""",
+    )
+    assert solve_method(32, 64, asked=True).stage == "core_solve_direct"
+    assert solve_method(16, 1 << 20, asked=False).reason == "kernel_options ask for it"
+    # Wider matrices do not fit, a CPU has no registers to hold them, and a symbolic length is taken for a long one.
+    assert "up to D = 32" in solve_method(33, 4096).reason and solve_method(16, object()).direct
+    assert make_plan(problem(**narrow, device="cpu")).stages[0].algorithm == "conjugate gradients"
+    kernels = candidates(
+        "core_solve_direct", width=32, value_width=128, itemsize=2, row_tiles=0, shared_memory_limit=227 * 1024
+    )
+    assert kernels and all(kernel.block_m * 32 * 32 <= 128 * 32 * kernel.num_warps for kernel in kernels)
 
 
 def test_gradients_that_nobody_needs_take_no_kernel() -> None:

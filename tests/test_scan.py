@@ -71,6 +71,16 @@ def test_the_scan_is_the_reference(name: str, mask: Any) -> None:
         assert max(relative_error(a, b) for a, b in zip(got, want, strict=True)) < 1e-11
 
 
+def test_the_narrowest_heads() -> None:
+    """Rows are then the only index, of which Inductor lost those past the last whole chunk."""
+    spec = plx.AFFINE_LINEAR.replace(mask_mod=CAUSAL)
+    inputs = [torch.randn(1, 2, 150, 1, dtype=torch.float64) for _ in range(4)]
+    call = lambda *x: (plx.attention(*x, spec=spec),)
+    want = everything(call, inputs)
+    got = everything(torch.compile(call, fullgraph=True), inputs)
+    assert max(relative_error(a, b) for a, b in zip(got, want, strict=True)) < 1e-11
+
+
 @pytest.mark.parametrize("mask", [CAUSAL, DOCUMENTS], ids=["causal", "documents"])
 @pytest.mark.parametrize("name", MEMBERS)
 def test_a_sequence_in_two_calls(name: str, mask: Any) -> None:

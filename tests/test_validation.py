@@ -81,6 +81,19 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "kernel options value": (
         lambda: plx.attention(K, K, K, kernel_options={"fwd_BLOCK_M": 48}), InputError, "power of two",
     ),
+    "solver without a solved probe": (
+        lambda: plx.attention(K, K, K, kernel_options={"DIRECT": False}), InputError, "is of solved probes",
+    ),
+    "solver switch": (
+        lambda: plx.attention(K, K, K, spec=plx.LLA, kernel_options={"solve_DIRECT": 1}), InputTypeError, "must be a bool",
+    ),
+    "solver of another stage": (
+        lambda: plx.attention(K, K, K, spec=plx.LLA, kernel_options={"bwd_DIRECT": True}), InputError, "unknown name",
+    ),
+    "solver of wide keys": (
+        lambda: plx.attention(*[t(2, 2, 8, 33)] * 3, spec=plx.LLA, kernel_options={"DIRECT": True}), InputError,
+        "up to 32, .* but got D = 33",
+    ),
     "both lse and aux": (
         lambda: plx.attention(K, K, K, return_lse=True, return_aux=plx.AuxRequest(lse=True)), InputError, "exclude",
     ),
