@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from .candidates import Candidate, padded, table
+from .candidates import Candidate, padded, shared_memory, table
+from .targets import Target
 
-__all__ = ["EFFORTS", "SPACES", "Effort", "Space", "explore", "registers"]
+__all__ = ["EFFORTS", "SPACES", "Effort", "Space", "explore", "registers", "staying"]
 
 Effort = Literal["quick", "normal", "full"]
 
@@ -56,19 +57,38 @@ EFFORTS: dict[str, int | None] = {"quick": 10, "normal": 32, "full": None}
 """Effort -> how many candidates of a stage are tried at most."""
 
 
-def explore(stage: str, width: int, value_width: int, itemsize: int, has_probe: bool) -> list[Candidate]:
-    """The candidates of a stage's space, the table's first, then by how little their tiles read for what they compute."""
+def explore(
+    stage: str, width: int, value_width: int, itemsize: int, has_probe: bool, target: Target | None = None
+) -> list[Candidate]:
+    """The candidates of a stage's space, the table's first; without those that ``target`` cannot hold by estimate.
+
+    Then every tile once, those first that read little for what they compute, then every tile in its second variant (pipeline,
+    copies, what is held), and so on: a search that stops early has seen all tiles.
+    """
     rows = table(stage, width, value_width, itemsize, has_probe)
     space = SPACES.get(stage)
     found = list(_around(rows)) if space is None else list(_combined(space))
     if space is not None:
         found = [c for c in found if _worth_it(space, stage, c, width, value_width, has_probe)]
 
-    def reads(candidate: Candidate) -> tuple[float, int, int, bool]:
+    def tile(candidate: Candidate) -> tuple[float, int, int]:
         m, n = candidate.block_m, candidate.block_n
-        return (-m * n / (m + n), candidate.held, abs(candidate.num_stages - 3), not candidate.tma)
+        return -m * n / (m + n), m, n
 
-    return list(dict.fromkeys([*rows, *sorted(found, key=reads)]))
+    def variant(candidate: Candidate) -> tuple[int, int, bool]:
+        return candidate.held, abs(candidate.num_stages - 3), not candidate.tma
+
+    tiles = [sorted(group, key=variant) for _, group in itertools.groupby(sorted(found, key=tile), key=tile)]
+    turns = itertools.zip_longest(*tiles)
+    ordered = dict.fromkeys([*rows, *(candidate for turn in turns for candidate in turn if candidate is not None)])
+
+    def fits(candidate: Candidate) -> bool:
+        if target is None:
+            return True
+        needed = shared_memory(stage, candidate, width, value_width, itemsize, int(has_probe))
+        return needed <= target.shared_memory_per_block and (not candidate.tma or target.capability >= (9, 0))
+
+    return list(filter(fits, ordered))
 
 
 def registers(stage: str, candidate: Candidate, width: int, value_width: int, has_probe: bool) -> float:
@@ -90,6 +110,12 @@ def registers(stage: str, candidate: Candidate, width: int, value_width: int, ha
     return held / (32 * candidate.num_warps)
 
 
+def staying(stage: str, candidate: Candidate) -> int:
+    """Rows of the tiles that stay in a block while the others stream: those of its matrix products' left operands."""
+    space = SPACES.get(stage)
+    return candidate.block_n if space is not None and space.stays == "n" else candidate.block_m
+
+
 def _combined(space: Space) -> Iterator[Candidate]:
     for held in range(max(space.held) + 1):
         axes = (space.block_m, space.block_n, space.num_warps, space.num_stages, space.tma)
@@ -99,8 +125,7 @@ def _combined(space: Space) -> Iterator[Candidate]:
 
 def _worth_it(space: Space, stage: str, candidate: Candidate, width: int, value_width: int, has_probe: bool) -> bool:
     """Whether a candidate may be good: its warps have the rows of an instruction each, and its registers hold it."""
-    stay = candidate.block_n if space.stays == "n" else candidate.block_m
-    if candidate.held > space.held[has_probe] or (candidate.num_warps == 8) != (stay == 128):
+    if candidate.held > space.held[has_probe] or (candidate.num_warps == 8) != (staying(stage, candidate) == 128):
         return False
     small = candidate.block_m * candidate.block_n < (2048 if max(width, value_width) <= 128 else 512)
     if small or (candidate.num_stages == 4 and candidate.block_m * candidate.block_n > 4096):
