@@ -412,11 +412,11 @@ class _Inductor:
             template = gluon_template(template)
         parsed = template._template_from_string
         deferred = {"_template_from_string": staticmethod(lambda text: _DeferredText(functools.partial(parsed, text)))}
-        template = type("DeferredTemplate", (template,), deferred)
+        kind: Any = type("DeferredTemplate", (template,), deferred)
         options = {}
-        if "always_freeze_layout" in inspect.signature(template.__init__).parameters:
+        if "always_freeze_layout" in inspect.signature(kind.__init__).parameters:
             options["always_freeze_layout"] = True
-        return template(name=name, grid=grid, source=source, **options)
+        return kind(name=name, grid=grid, source=source, **options)
 
     def autotune(self, name: str, choices: list[Any], inputs: list[Any], layout: Any, input_gen_fns: dict) -> Any:
         """``autotune_select_algorithm``; newer releases return ``(node, choice)``, older ones the node."""
