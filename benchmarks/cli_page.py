@@ -25,7 +25,7 @@ HEAD = """<!-- Made by benchmarks/cli_page.py: edit there. -->
 
 `parallax-compile` comes with the package. SPEC is a member's name, a spec as JSON (text or a file), or `module:attribute` for a
 variant of your own. Every command takes `--json` and has `--help` with an example. Only `tune` and `bench` time anything; the
-rest works on a machine without a GPU, for `sm_80`, `sm_90` and `sm_100`.
+rest works on a machine without a GPU, for `sm_80`, `sm_89`, `sm_90` and `sm_100`.
 
 | exit code | means |
 |---|---|

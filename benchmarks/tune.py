@@ -2,9 +2,12 @@
 
     python benchmarks/tune.py --out lowering/shipped_h100.json [--effort quick] [--only PARALLAX ...]
     python benchmarks/tune.py --out lowering/shipped_h100.json --record benchmarks/results/search-h100-2026-11-24.json
+    python benchmarks/tune.py --out lowering/shipped_l4_untested.json --model sm_89
 
-The winners go into a store of their own, and are written after each problem, so that an interrupt loses none. With --record
-they are the fastest of a recorded search; nothing is timed, and no GPU is needed.
+The winners go into a store of their own, and are written after each problem, so that an interrupt loses none and the same
+command goes on. With --record they are the fastest of a recorded search; nothing is timed, and no GPU is needed. With --model
+they are what the resource model ranks first for a target, by kernels that are compiled for it without the GPU: an untested
+fallback for those who have not tuned.
 """
 
 from __future__ import annotations
@@ -36,6 +39,12 @@ PROBLEMS: tuple[tuple[plx.AttentionSpec, str, Any, str], ...] = (
     (plx.AFFINE_LINEAR, "4,16,4096,128", "all", "quick"),
     (plx.LLA.replace(probe=plx.Solved(ridge=1.0)), "1,16,2048,128", ["core_solve"], "quick"),
     (plx.PARALLAX, "2,32:8,8192,128", "all", "quick"),
+)
+# What the resource model can rank: the stages that every training has.
+FALLBACKS = tuple(
+    (spec, shape, ["core_forward", "core_backward_query", "core_backward_key"], "normal")
+    for spec in (plx.PARALLAX, plx.SOFTMAX)
+    for shape in ("4,16,4096,128", "8,16,2048,64")
 )
 
 
@@ -82,6 +91,7 @@ def main() -> None:
     parser.add_argument("--effort", choices=("quick", "normal", "full"), help="in place of each problem's own")
     parser.add_argument("--only", nargs="*", help="members")
     parser.add_argument("--record", type=Path, help="a record of a search")
+    parser.add_argument("--model", metavar="TARGET", help="rank for sm_80, sm_89, sm_100 by the resource model")
     arguments = parser.parse_args()
     if arguments.record:
         entries = list(recorded(arguments.record))
@@ -89,14 +99,17 @@ def main() -> None:
         print(f"{len(entries)} entries in {arguments.out}")
         return
     start = time.perf_counter()
-    with tuned.using(Store(arguments.store)) as store:
-        for spec, shape, stages, effort in PROBLEMS:
+    ranked = {"target": arguments.model, "measures": "model"} if arguments.model else {}
+    store = Store(arguments.store / arguments.model if arguments.model else arguments.store)
+    with tuned.using(store):
+        for spec, shape, stages, effort in FALLBACKS if arguments.model else PROBLEMS:
             if arguments.only and spec.name not in arguments.only:
                 continue
             chosen = arguments.effort or effort
             print(f"\n{spec.name}, causal, {shape}, effort {chosen}", flush=True)
+            causal = spec.replace(mask_mod=CAUSAL)
             try:
-                print(plx.autotune(spec.replace(mask_mod=CAUSAL), shape, stages=stages, effort=chosen), flush=True)
+                print(plx.autotune(causal, shape, stages=stages, effort=chosen, **ranked), flush=True)
             finally:
                 count = store.export(arguments.out)
                 print(f"{count} entries in {arguments.out} after {time.perf_counter() - start:.0f} s", flush=True)

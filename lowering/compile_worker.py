@@ -40,9 +40,14 @@ def compiled(request: dict[str, Any]) -> dict[str, Any]:
         cause = "out of shared memory" if "shared memory" in str(error) else f"compile error ({type(error).__name__})"
         return {"seconds": time.perf_counter() - start, "error": str(error)[-500:], "cause": cause}
     answer = {"seconds": time.perf_counter() - start, "resources": dataclasses.asdict(found.resources)}
-    if not found.fits:
-        needed = found.resources.shared_memory
-        answer |= {"error": f"it needs {needed} bytes of shared memory", "cause": "out of shared memory"}
+    needed = found.resources
+    if needed.tensor_memory > target.tensor_memory_columns:
+        answer |= {
+            "error": f"it needs {needed.tensor_memory} columns of tensor memory",
+            "cause": "out of tensor memory",
+        }
+    elif not found.fits:
+        answer |= {"error": f"it needs {needed.shared_memory} bytes of shared memory", "cause": "out of shared memory"}
     return answer
 
 

@@ -41,6 +41,7 @@ class Resources:
         stack: bytes of each thread's stack frame.
         shared_memory: bytes of one block, static and dynamic.
         num_warps, num_stages: warps of one block; depth of the software pipeline.
+        tensor_memory: columns of tensor memory of one block (Blackwell).
     """
 
     registers: int | None
@@ -50,6 +51,7 @@ class Resources:
     shared_memory: int
     num_warps: int
     num_stages: int
+    tensor_memory: int = 0
 
     @property
     def spills(self) -> int | None:
@@ -88,8 +90,12 @@ class CompiledKernel:
 
     @property
     def fits(self) -> bool:
-        """Whether the target has the shared memory that a block needs; a launch fails otherwise."""
-        return self.resources.shared_memory <= self.target.shared_memory_per_block
+        """Whether the target has the shared and tensor memory that a block needs; a launch fails otherwise."""
+        needed, target = self.resources, self.target
+        return (
+            needed.shared_memory <= target.shared_memory_per_block
+            and needed.tensor_memory <= target.tensor_memory_columns
+        )
 
     @property
     def instructions(self) -> frozenset[str]:
@@ -155,6 +161,7 @@ def compile_kernel(
             shared_memory=shared,
             num_warps=int(binary.metadata.num_warps),
             num_stages=int(loaded.options["num_stages"]),
+            tensor_memory=int(getattr(binary.metadata, "tmem_size", 0) or 0),
         ),
         launch=MappingProxyType(_launch(binary.metadata, str(asm.get("ptx", "")), loaded.signature)),
     )

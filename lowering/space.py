@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from .candidates import Candidate, padded, specialized_table, table
+from .candidates import Candidate, padded, shared_memory, specialized_table, table
+from .targets import Target
 
-__all__ = ["EFFORTS", "SPACES", "Effort", "Space", "explore", "registers"]
+__all__ = ["EFFORTS", "SPACES", "Effort", "Space", "explore", "registers", "staying"]
 
 Effort = Literal["quick", "normal", "full"]
 
@@ -56,10 +57,13 @@ EFFORTS: dict[str, int | None] = {"quick": 10, "normal": 32, "full": None}
 """Effort -> how many candidates of a stage are tried at most."""
 
 
-def explore(stage: str, width: int, value_width: int, itemsize: int, has_probe: bool) -> list[Candidate]:
-    """The candidates of a stage's space, the tables' first, then by how little their tiles read for what they compute.
+def explore(
+    stage: str, width: int, value_width: int, itemsize: int, has_probe: bool, target: Target | None = None
+) -> list[Candidate]:
+    """The candidates of a stage's space, the tables' first; without those that ``target`` cannot hold by estimate.
 
-    Warp-specialised ones are among them for every target; :func:`.candidates.candidates` leaves them out where there are none.
+    Then every tile once, those first that read little for what they compute, then every tile in its second variant (pipeline,
+    copies, what is held), and so on: a search that stops early has seen all tiles.
     """
     rows = table(stage, width, value_width, itemsize, has_probe)
     space = SPACES.get(stage)
@@ -67,12 +71,29 @@ def explore(stage: str, width: int, value_width: int, itemsize: int, has_probe: 
     if space is not None:
         found = [c for c in found if _worth_it(space, stage, c, width, value_width, has_probe)]
 
-    def reads(candidate: Candidate) -> tuple[float, int, int, bool]:
+    def tile(candidate: Candidate) -> tuple[float, int, int]:
         m, n = candidate.block_m, candidate.block_n
-        return (-m * n / (m + n), candidate.held, abs(candidate.num_stages - 3), not candidate.tma)
+        return -m * n / (m + n), m, n
 
     specialized = specialized_table(stage, width, value_width, has_probe) if itemsize == 2 else []
-    return list(dict.fromkeys([*rows, *specialized, *sorted(found, key=reads)]))
+
+    def variant(candidate: Candidate) -> tuple[int, int, bool]:
+        return candidate.held, abs(candidate.num_stages - 3), not candidate.tma
+
+    tiles = [sorted(group, key=variant) for _, group in itertools.groupby(sorted(found, key=tile), key=tile)]
+    turns = itertools.zip_longest(*tiles)
+    ordered = dict.fromkeys(
+        [*rows, *specialized, *(candidate for turn in turns for candidate in turn if candidate is not None)]
+    )
+
+    def fits(candidate: Candidate) -> bool:
+        if target is None:
+            return True
+        needed = shared_memory(stage, candidate, width, value_width, itemsize, int(has_probe))
+        able = target.capability[0] == 9 if candidate.specialized else target.capability >= (9, 0) or not candidate.tma
+        return able and needed <= target.shared_memory_per_block
+
+    return list(filter(fits, ordered))
 
 
 def registers(stage: str, candidate: Candidate, width: int, value_width: int, has_probe: bool) -> float:
@@ -94,6 +115,12 @@ def registers(stage: str, candidate: Candidate, width: int, value_width: int, ha
     return held / (32 * candidate.num_warps)
 
 
+def staying(stage: str, candidate: Candidate) -> int:
+    """Rows of the tiles that stay in a block while the others stream: those of its matrix products' left operands."""
+    space = SPACES.get(stage)
+    return candidate.block_n if space is not None and space.stays == "n" else candidate.block_m
+
+
 def _combined(space: Space) -> Iterator[Candidate]:
     for held in range(max(space.held) + 1):
         axes = (space.block_m, space.block_n, space.num_warps, space.num_stages, space.tma)
@@ -103,8 +130,7 @@ def _combined(space: Space) -> Iterator[Candidate]:
 
 def _worth_it(space: Space, stage: str, candidate: Candidate, width: int, value_width: int, has_probe: bool) -> bool:
     """Whether a candidate may be good: its warps have the rows of an instruction each, and its registers hold it."""
-    stay = candidate.block_n if space.stays == "n" else candidate.block_m
-    if candidate.held > space.held[has_probe] or (candidate.num_warps == 8) != (stay == 128):
+    if candidate.held > space.held[has_probe] or (candidate.num_warps == 8) != (staying(stage, candidate) == 128):
         return False
     small = candidate.block_m * candidate.block_n < (2048 if max(width, value_width) <= 128 else 512)
     if small or (candidate.num_stages == 4 and candidate.block_m * candidate.block_n > 4096):

@@ -67,6 +67,7 @@ class Target:
         shared_memory_per_block: bytes that one block may use when it asks for them (opt-in).
         shared_memory_per_sm: bytes of one multiprocessor.
         registers_per_sm: 32-bit registers of one multiprocessor.
+        threads_per_sm: threads that one multiprocessor holds at once.
         l2_bytes, memory_bytes: sizes of the L2 cache and of the device memory.
         rates: peak rates; None where we know no data sheet of the product.
     """
@@ -78,6 +79,7 @@ class Target:
     shared_memory_per_block: int
     shared_memory_per_sm: int
     registers_per_sm: int
+    threads_per_sm: int
     l2_bytes: int
     memory_bytes: int
     rates: Rates | None = field(repr=False)
@@ -88,12 +90,27 @@ class Target:
         return self.capability[0] * 10 + self.capability[1]
 
     @property
+    def tensor_memory_columns(self) -> int:
+        """Columns of the tensor memory of one multiprocessor, where accumulators of datacenter Blackwell lie."""
+        return 512 if self.capability[0] == 10 else 0
+
+    @property
+    def matrix_rows(self) -> int:
+        """Rows that its largest matrix instruction takes from one block's tile (mma, wgmma, tcgen05)."""
+        return {9: 64, 10: 128}.get(self.capability[0], 16)
+
+    @property
     def ptx_arch(self) -> str:
         """What ptxas is told: the architecture-specific instructions (wgmma, tcgen05) need the suffix."""
         return f"{self.name}a" if self.capability >= (9, 0) else self.name
 
 
 _A100 = Rates("A100 SXM 80GB", 312.0, 312.0, 156.0, 19.5, 2.039e12, "NVIDIA A100 data sheet, SXM 80GB")
+_L4 = Rates("L4", 121.0, 121.0, 60.0, 30.3, 3.0e11, "NVIDIA L4 data sheet; half of the sparse figures")
+_L40S = Rates("L40S", 362.0, 362.0, 183.0, 91.6, 8.64e11, "NVIDIA L40S data sheet")
+_RTX_4090 = Rates(
+    "RTX 4090", 165.2, 165.2, 82.6, 82.6, 1.008e12, "NVIDIA Ada architecture white paper; float32 accumulation"
+)
 _H100 = Rates("H100 SXM", 989.4, 989.4, 494.7, 66.9, 3.35e12, "NVIDIA H100 data sheet, SXM; half of the sparse figures")
 _H200 = replace(
     _H100, product="H200 SXM", bandwidth=4.8e12, source="NVIDIA H200 data sheet, SXM; half of the sparse figures"
@@ -102,12 +119,15 @@ _B200 = Rates(
     "B200", 2250.0, 2250.0, 1125.0, 75.0, 8.0e12, "NVIDIA HGX/DGX B200 data sheet; half of the sparse figures"
 )
 
-# Device names that CUDA reports -> their sheets; the first that matches.
+# Whole words of the device names that CUDA reports -> their sheets; the first that matches.
 _SHEETS: tuple[tuple[str, Rates], ...] = (
     ("A100-SXM4-80GB", _A100),
     ("H200", _H200),
     ("H100 80GB HBM3", _H100),
     ("B200", _B200),
+    ("L40S", _L40S),
+    ("L4", _L4),
+    ("RTX 4090", _RTX_4090),
 )
 
 TARGETS: Mapping[str, Target] = MappingProxyType(
@@ -122,9 +142,23 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 shared_memory_per_block=163 * 1024,
                 shared_memory_per_sm=164 * 1024,
                 registers_per_sm=65536,
+                threads_per_sm=2048,
                 l2_bytes=40 * 2**20,
                 memory_bytes=80 * 2**30,
                 rates=_A100,
+            ),
+            Target(
+                name="sm_89",
+                product="NVIDIA L4",
+                capability=(8, 9),
+                sm_count=58,
+                shared_memory_per_block=99 * 1024,
+                shared_memory_per_sm=100 * 1024,
+                registers_per_sm=65536,
+                threads_per_sm=1536,
+                l2_bytes=48 * 2**20,
+                memory_bytes=24 * 2**30,
+                rates=_L4,
             ),
             Target(
                 name="sm_90",
@@ -134,6 +168,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 shared_memory_per_block=227 * 1024,
                 shared_memory_per_sm=228 * 1024,
                 registers_per_sm=65536,
+                threads_per_sm=2048,
                 l2_bytes=50 * 2**20,
                 memory_bytes=80 * 2**30,
                 rates=_H100,
@@ -146,6 +181,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 shared_memory_per_block=227 * 1024,
                 shared_memory_per_sm=228 * 1024,
                 registers_per_sm=65536,
+                threads_per_sm=2048,
                 l2_bytes=126 * 2**20,
                 memory_bytes=180 * 2**30,
                 rates=_B200,
@@ -160,8 +196,9 @@ def resolve(target: str | Target | None = None) -> Target:
     """The target called ``target``.
 
     Args:
-        target: ``"sm_80"`` (A100), ``"sm_90"`` (H100), ``"sm_100"`` (B200); ``"auto"`` or None for the machine's first
-            GPU as it reports itself, or sm_90 on a machine without one; a :class:`Target` passes through.
+        target: ``"sm_80"`` (A100), ``"sm_89"`` (L4; an RTX 4090 differs in the number of multiprocessors and in rates),
+            ``"sm_90"`` (H100), ``"sm_100"`` (B200); ``"auto"`` or None for the machine's first GPU as it reports itself, or
+            sm_90 on a machine without one; a :class:`Target` passes through.
 
     Raises:
         InputError: no such target, or the machine's GPU is older than Triton's matrix products support (sm_80).
@@ -195,7 +232,8 @@ def _local() -> Target:
         shared_memory_per_block=properties.shared_memory_per_block_optin,
         shared_memory_per_sm=properties.shared_memory_per_multiprocessor,
         registers_per_sm=properties.regs_per_multiprocessor,
+        threads_per_sm=properties.max_threads_per_multi_processor,
         l2_bytes=properties.L2_cache_size,
         memory_bytes=properties.total_memory,
-        rates=next((rates for name, rates in _SHEETS if name in properties.name), None),
+        rates=next((rates for words, rates in _SHEETS if f" {words} " in f" {properties.name} "), None),
     )

@@ -11,6 +11,7 @@ Imports of :mod:`torch._inductor` are deferred into functions: they are heavy, a
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
 import json
@@ -166,6 +167,7 @@ FENCED: dict[str, tuple[str, ...]] = {
     "torch._inductor.select_algorithm:TritonTemplate.__init__": ("name", "grid", "source"),
     "torch._inductor.select_algorithm:TritonTemplate.maybe_append_choice": ("choices",),
     "torch._inductor.select_algorithm:TritonTemplate.kernel_type": (),
+    "torch._inductor.select_algorithm:TritonTemplate._template_from_string": ("source",),
     "torch._inductor.select_algorithm:TritonTemplateKernel.jit_lines": (),
     "torch._inductor.select_algorithm:TritonTemplateKernel.modification": (),
     "torch._inductor.runtime.triton_heuristics:ASTSource": (),
@@ -412,10 +414,13 @@ class _Inductor:
         template = _resolve("torch._inductor.select_algorithm:TritonTemplate")
         if gluon:
             template = gluon_template(template)
+        parsed = template._template_from_string
+        deferred = {"_template_from_string": staticmethod(lambda text: _DeferredText(functools.partial(parsed, text)))}
+        kind: Any = type("DeferredTemplate", (template,), deferred)
         options = {}
-        if "always_freeze_layout" in inspect.signature(template.__init__).parameters:
+        if "always_freeze_layout" in inspect.signature(kind.__init__).parameters:
             options["always_freeze_layout"] = True
-        return template(name=name, grid=grid, source=source, **options)
+        return kind(name=name, grid=grid, source=source, **options)
 
     def autotune(self, name: str, choices: list[Any], inputs: list[Any], layout: Any, input_gen_fns: dict) -> Any:
         """``autotune_select_algorithm``; newer releases return ``(node, choice)``, older ones the node."""
@@ -445,6 +450,19 @@ class _Inductor:
 
 
 inductor = _Inductor()
+
+
+class _DeferredText:
+    """A template's text, which Jinja parses when it is rendered for the first time: a tenth of a second for each of ours.
+
+    A process whose kernels are in torch's caches renders none, and one call renders a few of them.
+    """
+
+    def __init__(self, parsed: Callable[[], Any]) -> None:
+        self._parsed = functools.cache(parsed)
+
+    def render(self, **values: Any) -> str:
+        return self._parsed().render(**values)
 
 
 def length_hint(length: Any) -> int:

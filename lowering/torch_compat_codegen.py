@@ -93,7 +93,7 @@ def _properties(target: Target) -> SimpleNamespace:
         multi_processor_count=target.sm_count,
         is_integrated=0,
         is_multi_gpu_board=0,
-        max_threads_per_multi_processor=2048,
+        max_threads_per_multi_processor=target.threads_per_sm,
         max_threads_per_block=1024,
         warp_size=32,
         regs_per_multiprocessor=target.registers_per_sm,

@@ -265,7 +265,7 @@ def aot(
     Args:
         spec: the member, with its mods and mask.
         shapes, dtypes: as for :func:`~parallax_compile.autotune`: one or several.
-        target: ``"sm_80"``, ``"sm_90"``, ``"sm_100"``, or ``"auto"``.
+        target: ``"sm_80"``, ``"sm_89"``, ``"sm_90"``, ``"sm_100"``, or ``"auto"``.
         backward: compile the gradients too.
         scale: as for :func:`~parallax_compile.attention`.
         path: where to write the artifact; None does not.

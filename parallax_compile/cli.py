@@ -135,7 +135,7 @@ def _shape(default: str, multiple: bool = False) -> Callable[..., Any]:
 
 
 def _target(default: str = "auto", cpu: bool = False) -> Callable[..., Any]:
-    kinds = "sm_80, sm_90, sm_100" + (", cpu" if cpu else "")
+    kinds = "sm_80, sm_89, sm_90, sm_100" + (", cpu" if cpu else "")
     text = f"{kinds}, or auto: this machine's GPU, else sm_90."
     return click.option("--target", default=default, show_default=True, help=text)
 

@@ -237,7 +237,7 @@ def explain(
     Args:
         spec, query, key, value, probe, score_mod, covariance_mod, block_mask, scale: as for
             :func:`~parallax_compile.attention`; of tensors only shapes, dtypes and devices are read.
-        target: a GPU target (``"sm_80"``, ``"sm_90"``, ``"sm_100"``), ``"auto"`` for the tensors' own device (on a
+        target: a GPU target (``"sm_80"``, ``"sm_89"``, ``"sm_90"``, ``"sm_100"``), ``"auto"`` for the tensors' own device (on a
             machine without a GPU: sm_90), or ``"cpu"``.
         backward: include the backward; None includes it when an input requires a gradient.
         kernels: also generate and compile the stages' kernels for the target (on any machine; seconds for each kernel): which

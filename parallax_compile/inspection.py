@@ -203,7 +203,8 @@ def inspect(
     Args:
         spec, query, key, value, probe, score_mod, covariance_mod, block_mask, scale, kernel_options: as for
             :func:`~parallax_compile.attention`.
-        target: ``"sm_80"`` (A100), ``"sm_90"`` (H100), ``"sm_100"`` (B200), or ``"auto"``: this machine's GPU, else sm_90.
+        target: ``"sm_80"`` (A100), ``"sm_89"`` (L4), ``"sm_90"`` (H100), ``"sm_100"`` (B200), or ``"auto"``: this machine's
+            GPU, else sm_90.
         backward: include the backward, of the inputs that require a gradient, or of all where none does.
         candidate: which of a stage's candidate configurations to compile: 0 is the one that the default mode takes; an
             index for all stages (a stage with fewer takes its last), or stage name -> index.

@@ -16,6 +16,7 @@ from .lowering.codegen import GeneratedKernel, generate
 from .lowering.cubin import compile_kernel
 from .lowering.model import efficiency
 from .lowering.plan import Plan
+from .lowering.space import staying
 from .lowering.targets import Target
 from .lowering.tuned import Answer
 from .shapes import Shape
@@ -70,14 +71,14 @@ def _explained(explanation: Explanation, kernel: GeneratedKernel, answer: Answer
         advice.append(f"tune it: parallax-compile tune {_tune_arguments(explanation)}")
     problem = explanation.plan.problem
     tile = (answer.candidate.block_m, answer.candidate.block_n)
-    stays = tile[1] if kernel.stage == "core_backward_key" else tile[0]
+    stays = staying(str(kernel.stage), answer.candidate)
     length, heads = (
         (problem.kv_length, problem.kv_heads)
         if kernel.stage == "core_backward_key"
         else (problem.q_length, problem.q_heads)
     )
     blocks = math.ceil(length / stays) * problem.batch * heads
-    share, losses = efficiency(tile, compiled.resources, target, blocks)
+    share, losses = efficiency(tile, compiled.resources, target, blocks, stays)
     predicted, basis = _predicted(explanation.plan, stage, answer, share, target)
     return KernelExplanation(
         stage=str(kernel.stage),

@@ -254,8 +254,8 @@ def _one(
     has_probe = spec.probe.kind != "zero"
     limit = EFFORTS[effort]
     spaces = {
-        # Some that are offered do not fit the target or the tensors' layout.
-        stage: explore(stage, shape.width, shape.value_width, dtype.itemsize, has_probe)[: limit and 2 * limit]
+        # Some that are offered do not fit the mask's blocks or the tensors' layout.
+        stage: explore(stage, shape.width, shape.value_width, dtype.itemsize, has_probe, target)[: limit and 2 * limit]
         for stage in stages()
         if wanted is None or stage in wanted
     }
@@ -339,6 +339,7 @@ def _entry(item: Any, stage: TunedStage, effort: str, timer: Any) -> Entry:
             "failed": dict(item.failed),
             "effort": effort if item.complete else "interrupted",
             "shape": stage.shape.sizes(),
+            **_takes(item, timer),
         },
         provenance={
             "source": f"plx.autotune, {timer.name}",
@@ -348,6 +349,15 @@ def _entry(item: Any, stage: TunedStage, effort: str, timer: Any) -> Entry:
             "tested": timer.tested,
         },
     )
+
+
+def _takes(item: Any, timer: Any) -> dict[str, Any]:
+    """What the winner's kernel takes, where that is what ranked it."""
+    found = getattr(timer, "resources", {}).get(item.winner.source)
+    if found is None:
+        return {}
+    taken = ("registers", "spill_stores", "spill_loads", "shared_memory", "tensor_memory")
+    return {"resources": {name: getattr(found, name) for name in taken}}
 
 
 def _check_gpu(target: str, resolved: Any) -> None:

@@ -60,6 +60,16 @@ def test_blocks_agree_with_the_dense_mask(name: str, block: int, lengths: tuple[
     assert torch.equal(transposed.mT, block_kinds(found))
 
 
+@pytest.mark.parametrize("lengths", [(300, 500), (64, 0), (0, 64)])
+def test_lists_hold_every_block_once_in_order_and_no_index_outside(lengths: tuple[int, int]) -> None:
+    found = plx.masks.block_mask(plx.masks.sliding_window(100), None, None, *lengths, "cpu", BLOCK_SIZE=32)
+    for counts, indices in ((found.kv_num_blocks, found.kv_indices), (found.full_q_num_blocks, found.full_q_indices)):
+        assert counts.dtype == indices.dtype == torch.int32 and counts.shape == indices.shape[:-1]
+        assert ((indices >= 0) & (indices < max(1, indices.size(-1)))).all(), "kernels read one index ahead"
+        for row, count in zip(indices.flatten(0, -2), counts.flatten(), strict=True):
+            assert row[:count].tolist() == sorted(set(row[:count].tolist()))
+
+
 @pytest.mark.parametrize("name", ["causal", "window", "prefix"])
 def test_blocks_are_exact_for_single_library_masks(name: str) -> None:
     found = plx.masks.block_mask(MASKS[name], None, None, 256, 256, "cpu", BLOCK_SIZE=32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from parallax_compile.lowering import cache_key, torch_compat
@@ -32,6 +34,16 @@ def test_the_cache_salt_follows_templates_and_lowering(monkeypatch: pytest.Monke
     texts = cache_key.templates.texts()
     monkeypatch.setattr(cache_key.templates, "texts", lambda: [texts[0] + b" ", *texts[1:]])
     assert cache_key._digest() != before
+
+
+def test_a_template_is_parsed_when_it_is_rendered_first() -> None:
+    template = torch_compat.inductor.template("parallax_test_deferred", lambda *_: (1, 1, 1), "{{ x }} {% nonsense")
+    with pytest.raises(Exception, match="nonsense"):
+        template.template.render(x=1)
+    parsed: list[int] = []
+    text = torch_compat._DeferredText(lambda: parsed.append(1) or mock.Mock(render=lambda x: f"x={x}"))
+    assert not parsed
+    assert [text.render(x=1), text.render(x=2)] == ["x=1", "x=2"] and parsed == [1]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -252,6 +253,18 @@ def test_the_shipped_tables_are_sound_and_say_where_they_come_from() -> None:
             assert tuned._candidate(shipped) is not None
             assert {"source", "device", "date", "versions", "tested"} <= set(shipped.provenance)
             assert not shipped.provenance["tested"] or shipped.result["milliseconds"] > 0
+
+
+@pytest.mark.parametrize("gpu", ["l4", "b200"])
+def test_an_untested_table_has_every_training_stage_and_says_that_its_kernels_hardly_spill(gpu: str) -> None:
+    entries, _ = decoded((Path(tuned.__file__).parent / f"shipped_{gpu}_untested.json").read_text())
+    kinds = {(e.key["stage"], e.key["width"], tuned._switches(e.key)["HAS_PROBE"]) for e in entries.values()}
+    stages = ("core_forward", "core_backward_query", "core_backward_key")
+    assert kinds == set(itertools.product(stages, (64, 128), (False, True)))
+    for entry in entries.values():
+        takes = entry.result["resources"]
+        assert takes["registers"] > 32 and takes["spill_stores"] + takes["spill_loads"] <= 128
+        assert not entry.provenance["tested"] and entry.result["milliseconds"] is None
 
 
 # --- compiled calls -------------------------------------------------------------------------------------------------

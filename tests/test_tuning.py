@@ -97,6 +97,30 @@ def test_estimates_grow_with_what_is_held() -> None:
         assert registers(stage, small, 64, 64, True) < registers(stage, large, 64, 64, True)
 
 
+def test_the_model_knows_rows_of_matrix_instructions_and_tensor_memory() -> None:
+    target = resolve("sm_100")
+    resources = Resources(128, 0, 0, 0, 32 * 1024, 4, 2, tensor_memory=256)
+    assert blocks_per_sm(resources, target) == 2
+    assert blocks_per_sm(dataclasses.replace(resources, tensor_memory=257), target) == 1
+    assert blocks_per_sm(dataclasses.replace(resources, tensor_memory=640), target) == 0
+    whole, losses = efficiency((64, 128), resources, target, rows=128)
+    half, said = efficiency((64, 128), resources, target, rows=64)
+    assert half == pytest.approx(whole / 2) and len(said) == len(losses) + 1
+    assert efficiency((32, 64), resources, resolve("sm_89")) == efficiency(
+        (32, 64), resources, resolve("sm_89"), rows=64
+    )
+
+
+def test_a_short_search_sees_every_tile_and_only_what_the_target_holds() -> None:
+    rows = table("core_backward_query", 64, 64, 2, True)
+    found = explore("core_backward_query", 64, 64, 2, True, resolve("sm_89"))
+    assert not any(candidate.tma for candidate in found)
+    assert all(shared_memory("core_backward_query", c, 64, 64, 2, 1) <= 99 * 1024 for c in found)
+    every = {(c.block_m, c.block_n) for c in found}
+    # Not one tile in all its variants before the next.
+    assert {(c.block_m, c.block_n) for c in found[: len(rows) + len(every)]} == every
+
+
 def test_the_model_knows_occupancy_spills_and_idle_multiprocessors() -> None:
     target = resolve("sm_90")
     light = Resources(128, 0, 0, 0, 32 * 1024, 4, 2)
