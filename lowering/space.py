@@ -66,6 +66,7 @@ def explore(
     copies, what is held), and so on: a search that stops early has seen all tiles.
     """
     rows = table(stage, width, value_width, itemsize, has_probe)
+    rows += specialized_table(stage, width, value_width, has_probe) if itemsize == 2 else []
     space = SPACES.get(stage)
     found = list(_around(rows)) if space is None else list(_combined(space))
     if space is not None:
@@ -75,16 +76,12 @@ def explore(
         m, n = candidate.block_m, candidate.block_n
         return -m * n / (m + n), m, n
 
-    specialized = specialized_table(stage, width, value_width, has_probe) if itemsize == 2 else []
-
     def variant(candidate: Candidate) -> tuple[int, int, bool]:
         return candidate.held, abs(candidate.num_stages - 3), not candidate.tma
 
     tiles = [sorted(group, key=variant) for _, group in itertools.groupby(sorted(found, key=tile), key=tile)]
     turns = itertools.zip_longest(*tiles)
-    ordered = dict.fromkeys(
-        [*rows, *specialized, *(candidate for turn in turns for candidate in turn if candidate is not None)]
-    )
+    ordered = dict.fromkeys([*rows, *(candidate for turn in turns for candidate in turn if candidate is not None)])
 
     def fits(candidate: Candidate) -> bool:
         if target is None:
