@@ -107,7 +107,13 @@ _TABLE: dict[tuple[str, bool, int], _Row] = {
     ("core_solve", False, 256): ((16, 16, 8, 1), (16, 16, 4, 1)),
     # Guesses, by registers, which the matrices of a tile's rows half fill (`_holds_matrices`). The values may be of any width.
     **{
-        ("core_solve_direct", half, widest): ((64, 16, 4, 2), (128, 32, 8, 2), (16, 16, 8, 1), (32, 16, 8, 1))
+        ("core_solve_direct", half, widest): (
+            (64, 16, 4, 2),
+            (128, 32, 8, 2),
+            (32, 16, 4, 2),
+            (16, 16, 8, 1),
+            (32, 16, 8, 1),
+        )
         for half in (True, False)
         for widest in (64, 128, 256)
     },
@@ -274,6 +280,7 @@ def candidates(
     shared_memory_limit: int,
     tma: bool = False,
     specialized: bool = False,
+    tensor_memory: bool = False,
     tf32: bool = False,
     q_block: int | None = None,
     kv_block: int | None = None,
@@ -290,6 +297,7 @@ def candidates(
         shared_memory_limit: bytes that one block may use on the target.
         tma: whether the target has tensor descriptors and the tensors are laid out as they need it.
         specialized: whether the call is one that a warp-specialised kernel can compute, on a target that it is for.
+        tensor_memory: whether products are accumulated in the target's tensor memory.
         tf32: whether float32 is multiplied as TF32, on the tensor cores.
         q_block, kv_block: sizes of the block mask's blocks, which tiles must divide; None without one.
         options: the user's ``kernel_options``; a more specific prefix wins over a less specific one.
@@ -314,6 +322,8 @@ def candidates(
     for candidate in table(stage, width, value_width, itemsize, row_tiles, tf32) if listed is None else listed:
         if candidate.specialized and not specialized:
             continue
+        if tensor_memory and stage == "core_solve_direct" and candidate.block_m > 32 and "block_m" not in forced:
+            continue  # the matrices of 64 rows take more columns of it than there are; those of fewer rows stay in registers
         if candidate.tma and not tma and "tma" not in forced:
             continue
         candidate = replace(candidate, **forced)

@@ -137,6 +137,10 @@ def compile_kernel(
         binary = triton.compile(source, target=GPUTarget("cuda", resolved.arch, 32), options=loaded.options)
     asm: dict[str, str | bytes] = {stage: binary.asm[stage] for stage in STAGES if stage in binary.asm}
     missing = {stage: "triton did not make it" for stage in STAGES[:-1] if stage not in asm}
+    if "ttir" in missing and "ttgir" in asm:
+        missing["ttir"] = (
+            "the kernel is Gluon, whose first text is ttgir (kernel_options WARP_SPECIALIZED=False has Triton's)"
+        )
     sass, reason = _disassemble(asm.get("cubin")) if texts else (None, "not asked for")
     if sass is None:
         missing["sass"] = reason

@@ -310,6 +310,7 @@ def _instantiate(
         shared_memory_limit=shared_memory_limit(call.device),
         tma=tma_possible(call.device, [inputs[name] for name in _STREAMED if name in inputs]),
         specialized=_specialized_possible(stage, call, problem),
+        tensor_memory=torch.cuda.get_device_capability(call.device)[0] == 10,
         options=call.options,
         **sparse_sizes,
     )

@@ -215,6 +215,12 @@ def test_a_direct_solve_hardly_spills_on_hopper(width: int) -> None:
         assert compiled.fits and (compiled.resources.spills or 0) <= 256
 
 
+def test_a_direct_solve_fits_into_tensor_memory() -> None:
+    call = lambda *x: plx.attention(*x, spec=plx.LLA, enable_gqa=True)
+    code = codegen.generate(call, operands(width=16, length=1024)[:3], target="sm_100", backward=False)
+    assert cubin.compile_kernel(code.stage("core_solve_direct"), "sm_100").fits
+
+
 # --- nothing is left behind -----------------------------------------------------------------------------------------
 
 
