@@ -184,6 +184,9 @@ def test_candidates_fit_every_target(stage: str, width: int, itemsize: int, row_
     for target, tma in itertools.product(TARGETS.values(), (True, False)):
         limit = target.shared_memory_per_block
         sizes = {"width": width, "value_width": width, "itemsize": itemsize, "row_tiles": row_tiles}
+        if shared_memory(stage, Candidate(16, 16, 4, 1), width, width, itemsize, row_tiles) > limit:
+            assert itemsize == 4 and width > 128 and target.name == "sm_89"  # 99 kB do not hold the smallest tile
+            continue
         found = candidates(stage, **sizes, shared_memory_limit=limit, tma=tma)
         assert found and (tma or not any(candidate.tma for candidate in found))
         assert all(shared_memory(stage, c, width, width, itemsize, row_tiles) <= limit for c in found)
