@@ -12,9 +12,10 @@ from .. import templates
 from ..errors import InputError
 from . import cpu
 from .append import append  # noqa: F401  (its lowering is here)
-from .candidates import decode_candidates, padded
+from .candidates import padded
 from .counters import has_counters
 from .decode import as_core, attention_decode, empty_statistics
+from .decode_candidates import decode_candidates
 from .inductor_shared import (
     LN2,
     LOG2E,

@@ -14,7 +14,8 @@ from . import mask_pictures, masks, validation
 from .block_masks import block_kinds, combined_block_mask, own_lists
 from .cache_validation import check_call
 from .errors import UnsupportedError
-from .lowering.candidates import decode_candidates, padded
+from .lowering.candidates import padded
+from .lowering.decode_candidates import decode_candidates
 from .lowering.plan import (
     EXPECTED_ITERATIONS,
     Cost,
