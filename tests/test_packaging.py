@@ -69,7 +69,9 @@ def run_python(code: str, cwd: Path, interpreter: str | Path = sys.executable, i
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built offline, from a copy, so that no build/ or egg-info is left in the checkout."""
-    missing = [name for name in ("pip", "setuptools", "wheel") if importlib.util.find_spec(name) is None]
+    # By metadata: to look for pip's module disables setuptools' distutils in this process, which Inductor's C++ builds import.
+    installed = {distribution.name for distribution in importlib.metadata.distributions()}
+    missing = sorted({"pip", "setuptools", "wheel"} - installed)
     if missing:
         pytest.skip(f"building a wheel needs {missing}")
     source = tmp_path_factory.mktemp("source")
