@@ -414,6 +414,18 @@ def test_a_specialised_kernel_is_never_taken_unasked() -> None:
     assert not any(candidate.specialized for candidate in offered)
 
 
+@pytest.mark.skipif(not has_gluon(), reason="this Triton has no Gluon for Hopper")
+def test_the_specialised_forward_is_the_default_where_the_shipped_table_says_so() -> None:
+    causal = plx.SOFTMAX.replace(mask_mod=plx.masks.causal())
+
+    def forward(length: int, score_mod: Any = None) -> str:
+        call = lambda q, k, v, r: plx.attention(q, k, v, spec=causal, enable_gqa=True, score_mod=score_mod)
+        return generate(call, operands={"length": length, "width": 128}, backward=False).stage("core_forward").source
+
+    sources = [forward(4096), forward(256), forward(4096, plx.mods.alibi(4))]
+    assert ["@gluon.jit" in source for source in sources] == [True, False, False]
+
+
 def test_tensor_descriptors_need_aligned_rows() -> None:
     def shifted(options: dict[str, Any] | None) -> Any:
         def call(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Tensor:
