@@ -50,11 +50,10 @@ def accuracies(contender: Contender, device: str, quick: bool) -> dict[str, Any]
     offsets = (0.0, 10.0) if "ours" in contender.name else (0.0,)
     for width, offset in ((width, offset) for width in ((16,) if quick else (64, 128)) for offset in offsets):
         label = f"{contender.name}, D={width}" + (f", keys offset {offset:g} sigma" if offset else "")
-        if contender.absent(cases(device)["4k"], device) is None:
-            try:
-                found[label] = accuracy(contender, width, device, offset)
-            except Exception as error:  # a contender that cannot run is a result, not a failure of the run
-                found[label] = f"{type(error).__name__}: {str(error)[:200]}"
+        try:
+            found[label] = accuracy(contender, width, device, offset)
+        except Exception as error:  # a contender that cannot run is a result, not a failure of the run
+            found[label] = f"{type(error).__name__}: {str(error)[:200]}"
     return found
 
 
@@ -117,7 +116,8 @@ def main() -> int:
 
     chosen = tuple(contender.name for contender in contenders)
     about = {"device": arguments.device, "rounds": rounds, "repeats": repeats, "quick": arguments.quick}
-    jobs = [Job(name, chosen, **about) for name in names] + [Job(None, (name,), **about) for name in chosen]
+    present = [entry.name for entry in contenders if entry.absent(known["4k"], arguments.device) is None]
+    jobs = [Job(name, chosen, **about) for name in names] + [Job(None, (name,), **about) for name in present]
     for job, found in outcomes(run, jobs, arguments.at_once):
         if isinstance(found, str):
             print(f"{job.case or 'accuracy of ' + job.contenders[0]} failed: {found}", flush=True)

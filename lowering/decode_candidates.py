@@ -88,7 +88,7 @@ def decode_candidates(
 
     def memory(candidate: DecodeCandidate, in_flight: int) -> int:
         stream = candidate.block_n * (d + dv) * cache_itemsize * max(1, in_flight)
-        # An 8-bit tile is converted on its way, through a tile of the queries' numbers.
+        # An 8-bit tile may be converted on its way, through a tile of the queries' numbers.
         converted = candidate.block_n * (d + dv) * itemsize if cache_itemsize != itemsize else 0
         return stream + converted + itemsize * rows * (2 * d + candidate.block_n)
 

@@ -197,10 +197,8 @@ def splits_keys(problem: Problem) -> bool:
         return False
     rows, keys = problem.q_length, problem.kv_length
     # Of a length that is a symbol: rows may be any number; keys are a cache that grows.
-    few, many = (
-        isinstance(rows, int) and rows <= MOST_ROWS_TO_SPLIT,
-        not isinstance(keys, int) or keys >= FEWEST_KEYS_TO_SPLIT,
-    )
+    few = isinstance(rows, int) and rows <= MOST_ROWS_TO_SPLIT
+    many = not isinstance(keys, int) or keys >= FEWEST_KEYS_TO_SPLIT
     return bool(problem.split_keys) or (few and many)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -72,6 +73,19 @@ def test_the_harness_runs_and_its_record_renders(tmp_path: Path) -> None:
 
     text = report.page(record)
     assert "parallax, ours" in text and "not measured" in text
+
+
+def test_jobs_are_timed_one_by_one_and_those_that_fail_say_why() -> None:
+    from support import jobs
+    from together import outcomes
+
+    names = ["times", "raises", "times", "dies", "times"]
+    found = list(outcomes(jobs.run, names, at_once=4, patience=30.0))
+    assert [name for name, _ in found] == names
+    first, raised, second, died, last = (result for _, result in found)
+    assert (raised, died) == ("ValueError: no", "its process ended with 3")
+    spans = sorted([first, second, last])  # the last is of a second wave
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
 
 
 def test_the_page_is_what_its_record_gives() -> None:

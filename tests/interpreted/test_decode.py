@@ -116,6 +116,13 @@ def test_more_sequences_than_a_program_reads_at_once() -> None:
         check(Call(lengths, options={"BLOCK_N": 16}, **sizes), ["decode_split"])
 
 
+@pytest.mark.parametrize("merge", ["kernel", "stage"])
+def test_more_splits_than_a_merge_holds_at_once(merge: str) -> None:
+    call = Call((97,), options={"BLOCK_N": 16, "MERGE": merge})
+    with mock.patch.object(inductor_decode, "_MERGED_NUMBERS", 256):
+        check(call, ["decode_split", *(["decode_merge"] if merge == "stage" else [])])
+
+
 def test_a_batch_that_is_a_symbol() -> None:
     call = Call((40, 0, 99), new=1, options={"BLOCK_N": 16})
     check(call, ["decode_split", "decode_merge"], dynamic=True)
