@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -165,12 +166,14 @@ def measure(
             calls = {key: call for key, call in calls.items() if key[0] != contender.name}
     samples: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
     product_samples: list[float] = []
+    order = random.Random(0)
     with alone():
         for _ in range(rounds):
             product_samples += clock(product, repeats)
-            for key, call in calls.items():
-                call()  # what the contender before left in caches and clocks is not this one's
-                samples[key] += clock(call, repeats)
+            # In another order each round: a GPU at its power limit runs faster after a contender that draws less.
+            for key in order.sample(list(calls), len(calls)):
+                calls[key]()  # what the contender before left in caches is not this one's
+                samples[key] += clock(calls[key], repeats)
     rate = product_flops / summary(product_samples)["ms"] / 1e9
     for (name, direction), times in samples.items():
         found = summary(times)
