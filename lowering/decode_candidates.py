@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,8 +27,8 @@ class DecodeCandidate:
     tma: bool = False
 
 
-# (bytes of a cached number, padded width up to) -> BLOCK_N, warps, stages, programs, tma, best first. Guesses: of them only
-# the first of (2, 128) has been timed on a GPU (benchmarks/NOTES.md); `benchmarks/decode.py --sweep` times the rest.
+# (bytes of a cached number, padded width up to) -> BLOCK_N, warps, stages, programs, tma, best first. Guesses, but for
+# (2, 128), of which most were timed on an H100 (benchmarks/NOTES.md); `benchmarks/decode.py --sweep` times the rest.
 _TABLE: dict[tuple[int, int], tuple[tuple[int, ...], ...]] = {
     (2, 64): ((64, 4, 4, 2), (128, 4, 3, 2), (64, 4, 3, 4), (32, 4, 4, 4)),
     (2, 128): (
@@ -46,6 +47,9 @@ _TABLE: dict[tuple[int, int], tuple[tuple[int, ...], ...]] = {
     (4, 128): ((32, 8, 2, 2), (16, 4, 2, 2)),
     (4, 256): ((16, 8, 2, 1), (16, 4, 1, 1)),
 }
+# What comes before a row of the table where a multiprocessor has less to read than one tile of the row's first: more and
+# shorter splits. Timed: (2, 128), one sequence of 1024 keys and 8 heads on an H100, 7.3 instead of 8.4 us.
+_FEW_KEYS: dict[tuple[int, int], tuple[int, ...]] = {(2, 128): (32, 2, 4, 4)}
 _FIELDS = {
     "BLOCK_N": "block_n",
     "num_warps": "num_warps",
@@ -65,6 +69,7 @@ def decode_candidates(
     shared_memory_limit: int,
     tma: bool,
     options: Mapping[str, Any],
+    keys: float = math.inf,
 ) -> list[DecodeCandidate]:
     """Feasible candidates of the decode kernel, best first, at least one.
 
@@ -73,6 +78,7 @@ def decode_candidates(
         itemsize, cache_itemsize: bytes of a number of the queries, and of the caches.
         tma: whether the target has tensor descriptors and the caches are laid out as they need it.
         options: the user's ``kernel_options``.
+        keys: that a multiprocessor reads, of all heads and sequences together.
 
     Raises:
         InputError: the user's options exceed the target's shared memory, or ask for descriptors where there can be none.
@@ -98,7 +104,9 @@ def decode_candidates(
         return candidate.programs * used <= shared_memory_limit + 1024
 
     found: list[DecodeCandidate] = []
-    for values in _TABLE[min(cache_itemsize, 4), row]:
+    kind = min(cache_itemsize, 4), row
+    few = kind in _FEW_KEYS and keys < _TABLE[kind][0][0] and "block_n" not in forced
+    for values in (*([_FEW_KEYS[kind]] if few else []), *_TABLE[kind]):
         candidate = DecodeCandidate(*values)  # type: ignore[arg-type]  # the fifth of a row is a bool
         if candidate.tma and not tma and "tma" not in forced:
             continue

@@ -368,6 +368,8 @@ def split_keys(
         "BATCH_BLOCK": _BATCH_BLOCK if not isinstance(batch, int) else max(16, min(_BATCH_BLOCK, padded(batch))),
     }
 
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+
     def cut(block_n: int, programs: int) -> Cut:
         return decode_cut(
             batch=batch,
@@ -376,11 +378,12 @@ def split_keys(
             most_keys=most_keys,
             has_probe=has_probe,
             block_n=block_n,
-            programs=programs * torch.cuda.get_device_properties(device).multi_processor_count,
+            programs=programs * multiprocessors,
             # C++ wrappers do not ask for counters either.
             merge=options.get("MERGE") if has_counters() and not inductor.V.graph.cpp_wrapper else "stage",
         )
 
+    known = isinstance(batch, int) and most_keys is not None
     stacked = cut(64, 1).rows * (2 if has_probe else 1)
     found = decode_candidates(
         rows=stacked,
@@ -392,6 +395,7 @@ def split_keys(
         # The copy engine would not see what the program itself has just written.
         tma=not paged and new is None and tma_possible(device, [key, value]),
         options=options,
+        keys=batch * kv_heads * most_keys / multiprocessors if known else math.inf,
     )
     if sparse:
         found = _within_blocks(found, kv_block, options)

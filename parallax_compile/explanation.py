@@ -399,6 +399,7 @@ def _cut(problem: Problem, target: Target | None, most_keys: int) -> Cut:
         shared_memory_limit=limit,
         tma=False,
         options={},
+        keys=problem.batch * problem.kv_heads * most_keys / sm_count,
     )[0]
     return decode_cut(
         batch=problem.batch,

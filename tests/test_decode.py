@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from parallax_compile.lowering import counters
+from parallax_compile.lowering.decode_candidates import decode_candidates
 from parallax_compile.lowering.plan import decode_cut
 from support.decoding import Call, random_blocks
 from support.oracle import budget, relative_error
@@ -470,3 +471,22 @@ def test_nothing_spills(cache: torch.dtype, queries: int) -> None:
         # As many programs as there are splits run at once: two on each multiprocessor, of 228 kB.
         assert 2 * (compiled.resources.shared_memory + 1024) <= 228 * 1024
     assert [kernel.stage for kernel in code.kernels] == ["decode_split", *(["decode_merge"] if queries > 1 else [])]
+
+
+@pytest.mark.parametrize(
+    ("keys", "options", "block"), [(62.0, {}, 32), (248.0, {}, 64), (62.0, {"BLOCK_N": 64}, 64)], ids=str
+)
+def test_few_keys_are_cut_into_more_splits(keys: float, options: dict[str, int], block: int) -> None:
+    found = decode_candidates(
+        rows=16,
+        width=128,
+        value_width=128,
+        itemsize=2,
+        cache_itemsize=2,
+        shared_memory_limit=232448,
+        tma=False,
+        options=options,
+        keys=keys,
+    )
+    assert found[0].block_n == block
+    assert len(set(found)) == len(found)
