@@ -392,6 +392,10 @@ def test_how_calls_are_cut() -> None:
     assert decode_cut(**sizes(most_keys=64)).merge == "none"
     assert decode_cut(**sizes(most_keys=500)).programs == 9  # 8 tiles, and one in which a window may begin
     assert decode_cut(**sizes(rows_of_head=16)).merge == "stage"
+    # Four rows of 34 splits are too much for one program, four of the 5 of each of 8 sequences are not.
+    assert decode_cut(**sizes(rows_of_head=4)).merge == "stage"
+    assert decode_cut(**sizes(rows_of_head=4, merge="kernel")).merge == "kernel"
+    assert decode_cut(**sizes(rows_of_head=4, batch=8)).merge == "kernel"
     assert decode_cut(**sizes(merge="stage")).merge == "stage"
     many = decode_cut(**sizes(rows_of_head=100, has_probe=False))
     assert (many.rows, many.row_tiles, many.merge) == (32, 4, "stage")

@@ -59,7 +59,7 @@ def test_few_rows() -> None:
     assert splits(q_length=40, kv_length=9, split_keys=True) and not splits(own_lists=True, split_keys=True)
     names = [s.name for s in make_plan(problem(q_length=4, solved=True, covariance_mod=True)).stages]
     assert names == ["core_solve", "decode_split"]
-    query, key = torch.empty(1, 8, 2, 64), torch.empty(1, 8, 4096, 64)
+    query, key = torch.empty(1, 8, 1, 64), torch.empty(1, 8, 4096, 64)
     found = plx.explain(plx.SOFTMAX, query.bfloat16(), key.bfloat16(), key.bfloat16(), target="sm_90")
     assert "decode_split: few rows: keys are split to fill the device; the program of a head" in str(found)
     assert (
