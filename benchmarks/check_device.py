@@ -117,6 +117,7 @@ def cases(quick: bool) -> list[Case]:
             Case("GQA window", mask=window, q_heads=8, kv_heads=2, width=128, q_length=515, kv_length=515),
             Case("empty rows", mask=plx.masks.causal(offset=-70)),
             Case("softmax D=128", spec=plx.SOFTMAX, mask=causal, width=128, q_length=1111, kv_length=1111),
+            Case("softmax D=128", "fp16", spec=plx.SOFTMAX, mask=causal, width=128, q_length=1111, kv_length=1111),
             Case("softmax", spec=plx.SOFTMAX, mask=causal, q_heads=8, kv_heads=2, layout="blhd"),
             Case("no intercept", spec=plx.PARALLAX.replace(intercept=False), mask=causal),
             Case("keys offset 10 sigma D=128", mask=causal, key_offset=10.0, width=128),
