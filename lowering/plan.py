@@ -354,9 +354,11 @@ def decode_cut(
     if known and most_splits is not None:
         launched = min(launched, batch * most_splits)
     fits = row_tiles == 1 and rows_of_head <= _MERGED_BY_THE_LAST and known and batch * heads <= MOST_COUNTERS
-    if fits and merge is None:
+    if not fits:
+        merge = "stage"
+    elif merge is None:
         merge = "kernel" if rows_of_head * -(-launched // batch) <= _MOST_STATES else "stage"
-    return Cut(rows, row_tiles, slots, least_tiles, launched, merge if fits and merge else "stage")
+    return Cut(rows, row_tiles, slots, least_tiles, launched, merge)
 
 
 _MERGES = {

@@ -14,7 +14,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from parallax_compile.lowering import counters
-from parallax_compile.lowering.decode_candidates import decode_candidates
 from parallax_compile.lowering.plan import decode_cut
 from support.decoding import Call, random_blocks
 from support.oracle import budget, relative_error
@@ -477,20 +476,16 @@ def test_nothing_spills(cache: torch.dtype, queries: int) -> None:
     assert [kernel.stage for kernel in code.kernels] == ["decode_split", *(["decode_merge"] if queries > 1 else [])]
 
 
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are generated here, not interpreted")
 @pytest.mark.parametrize(
-    ("keys", "options", "block"), [(62.0, {}, 32), (248.0, {}, 64), (62.0, {"BLOCK_N": 64}, 64)], ids=str
+    ("length", "options", "block"), [(1024, {}, 32), (4096, {}, 64), (1024, {"BLOCK_N": 64}, 64)], ids=str
 )
-def test_few_keys_are_cut_into_more_splits(keys: float, options: dict[str, int], block: int) -> None:
-    found = decode_candidates(
-        rows=16,
-        width=128,
-        value_width=128,
-        itemsize=2,
-        cache_itemsize=2,
-        shared_memory_limit=232448,
-        tma=False,
-        options=options,
-        keys=keys,
-    )
-    assert found[0].block_n == block
-    assert len(set(found)) == len(found)
+def test_few_keys_are_cut_into_more_splits(length: int, options: dict[str, int], block: int) -> None:
+    pytest.importorskip("triton")
+    from parallax_compile.lowering import codegen
+
+    query, cache = (torch.empty(1, 8, n, 128, dtype=torch.bfloat16, device="meta") for n in (1, length))
+    lengths = torch.empty(1, dtype=torch.int32, device="meta")
+    call = lambda q, k, v, r, n: plx.decode(q, k, v, r, cache_seqlens=n, kernel_options=options)
+    code = codegen.generate(call, (query, cache, cache, query, lengths), target="sm_90", backward=False)
+    assert code.stage("decode_split").parameters["BLOCK_N"] == block

@@ -116,6 +116,17 @@ def test_more_sequences_than_a_program_reads_at_once() -> None:
         check(Call(lengths, options={"BLOCK_N": 16}, **sizes), ["decode_split"])
 
 
+def test_few_keys_of_the_width_that_has_tiles_for_them() -> None:
+    sizes = {"capacity": 200, "q_heads": 2, "kv_heads": 2, "width": 128, "value_width": 128}
+    _, compiled = check(Call((199, 70), **sizes), ["decode_split"])
+    assert compiled.code.stage("decode_split").parameters["BLOCK_N"] == 32
+
+
+def test_more_rows_and_splits_than_one_program_merges() -> None:
+    sizes = {"capacity": 700, "q_heads": 4, "kv_heads": 1, "width": 16, "value_width": 16}
+    check(Call((699,), options={"BLOCK_N": 16}, **sizes), ["decode_split", "decode_merge"])
+
+
 @pytest.mark.parametrize("merge", ["kernel", "stage"])
 def test_more_splits_than_a_merge_holds_at_once(merge: str) -> None:
     call = Call((97,), options={"BLOCK_N": 16, "MERGE": merge})
