@@ -11,7 +11,7 @@ import torch
 
 from .. import templates
 from . import cpu, elementwise, inductor_decode  # noqa: F401  (elementwise registers its lowerings)
-from .candidates import SPECIALIZED_GROUPS, SPECIALIZED_STAGES, padded
+from .candidates import SPECIALIZED_GROUPS, SPECIALIZED_ROWS, SPECIALIZED_STAGES, padded
 from .inductor_shared import (
     LN2,
     LOG2E,
@@ -63,7 +63,9 @@ _TEMPLATES = {
         ("core_forward", _tiles_of_rows),
         ("core_forward" + _SPECIALIZED, _persistent),
         ("core_backward_query", _tiles_of_rows),
+        ("core_backward_query" + _SPECIALIZED, _persistent),
         ("core_backward_key", _tiles_of_keys),
+        ("core_backward_key" + _SPECIALIZED, _persistent),
         ("core_solve", _tiles_of_rows),
         ("core_solve_direct", _tiles_of_rows),
     )
@@ -213,20 +215,25 @@ def _zeros_like(node: Any) -> torch.Tensor:
 _STREAMED = ("Q", "K", "V", "R", "R_LOW", "ADJOINT", "ADJOINT_LOW", "GRAD_OUT")
 
 
-def _specialized_possible(stage: str, call: _Call, problem: Problem) -> bool:
+def _specialized_possible(stage: str, call: _Call, problem: Problem, switches: dict[str, Any]) -> bool:
     """Whether a warp-specialised kernel can compute the stage: see the head of its template."""
     blocks = call.block_mask
+    rows = blocks.kv_block if SPECIALIZED_STAGES.get(stage) == "block_n" else blocks.q_block
+    wanted = {name for name, value in switches.items() if name.startswith("NEEDS_") and value}
+    whole = {"core_backward_query": {"NEEDS_QUERY"}, "core_backward_key": {"NEEDS_KEY", "NEEDS_VALUE"}}.get(stage, set())
     return (
         stage in SPECIALIZED_STAGES
         and has_gluon()
         and torch.cuda.get_device_capability(call.device)[0] == 9
-        and problem.dtype in ("bfloat16",) + ("float16",) * (not problem.has_probe)
+        and problem.dtype in ("bfloat16",) + ("float16",) * (stage == "core_forward" and not problem.has_probe)
         and call.probe_low is None
+        and call.adjoint is None
+        and wanted == whole | ({"NEEDS_PROBE"} if stage == "core_backward_query" and problem.has_probe else set())
         and not problem.score_mod
         and not (problem.has_probe and problem.covariance_mod)
         and call.scale > 0
         and (not problem.mask or is_elementary(blocks.mask_mod.graph_module))
-        and not (call.block_sparse and blocks.q_block % (SPECIALIZED_GROUPS * 64))
+        and not (call.block_sparse and rows % (SPECIALIZED_GROUPS * SPECIALIZED_ROWS))
     )
 
 
@@ -309,7 +316,7 @@ def _instantiate(
         row_tiles=len(call.row_tiles),
         shared_memory_limit=shared_memory_limit(call.device),
         tma=tma_possible(call.device, [inputs[name] for name in _STREAMED if name in inputs]),
-        specialized=_specialized_possible(stage, call, problem),
+        specialized=_specialized_possible(stage, call, problem, switches),
         tensor_memory=torch.cuda.get_device_capability(call.device)[0] == 10,
         options=call.options,
         **sparse_sizes,
