@@ -29,7 +29,7 @@ class KernelWithScratch(StaticallyLaunchedCudaKernel):
     def __init__(self, kernel: Any) -> None:
         super().__init__(_WithoutScratch(kernel))
         self.scratch_bytes = int(kernel.metadata.global_scratch_size)
-        self.device_index: int | None = None
+        self.device_index = 0
         # The scratch is the first of the pointers that follow a kernel's own arguments: here it is one of these.
         self.arg_tys += "O"
         self.has_global_scratch = False

@@ -13,8 +13,10 @@ from unittest import mock
 
 import pytest
 import torch
-from parallax_compile.lowering import codegen, torch_compat_launch
+from parallax_compile.lowering import codegen, torch_compat_launch, tuned
 from parallax_compile.lowering import torch_compat_codegen as compat
+from parallax_compile.lowering.solve import attention_solve
+from parallax_compile.lowering.store import Entry, Store
 from parallax_compile.lowering.targets import resolve
 from torch import Tensor
 
@@ -78,6 +80,22 @@ def test_what_changes_the_code_is_compiled_anew(processes: dict[str, dict[str, A
         "a tuned candidate": True,
         "the package's version": True,
     }
+
+
+def test_a_solve_in_front_of_a_decode_call_follows_the_store() -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    rows, cache = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 64, 16)
+    with tuned.using(Store(None)) as store, torch.no_grad():
+        store.put([Entry({"stage": "core_solve"}, {"block_m": 64})])
+        decode = torch.compile(lambda: plx.decode(rows, cache, cache, spec=plx.LLA, cache_seqlens=60), backend=backend)
+        decode()
+        nodes = [str(node.args) for node in graphs[0].graph.nodes if node.target is attention_solve]
+        assert nodes and all(store.fingerprint() in arguments for arguments in nodes)
 
 
 def test_a_launch_hands_the_kernel_scratch_memory_of_its_grid() -> None:
