@@ -29,24 +29,20 @@ class KernelWithScratch(StaticallyLaunchedCudaKernel):
     def __init__(self, kernel: Any) -> None:
         super().__init__(_WithoutScratch(kernel))
         self.scratch_bytes = int(kernel.metadata.global_scratch_size)
-        self.device_index = 0
+        self.device = torch.device("cuda", 0)
         # The scratch is the first of the pointers that follow a kernel's own arguments: here it is one of these.
         self.arg_tys += "O"
         self.has_global_scratch = False
 
     def load_kernel(self, device: int) -> None:
         """Load the cubin on a GPU, by its number."""
-        self.device_index = device
+        self.device = torch.device("cuda", device)
         super().load_kernel(device)
 
     def run(self, grid_x: int, grid_y: int, grid_z: int, stream: int, *arguments: Any) -> None:
         """Launch ``grid_x x grid_y x grid_z`` programs on a stream, by its handle."""
         # Given back to torch's allocator on return, which hands it out again on this stream only.
-        scratch = torch.empty(
-            grid_x * grid_y * grid_z * self.scratch_bytes,
-            dtype=torch.int8,
-            device=torch.device("cuda", self.device_index),
-        )
+        scratch = torch.empty(grid_x * grid_y * grid_z * self.scratch_bytes, dtype=torch.int8, device=self.device)
         super().run(grid_x, grid_y, grid_z, stream, *arguments, scratch.data_ptr())
 
 

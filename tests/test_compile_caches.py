@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,8 @@ def test_a_launch_hands_the_kernel_scratch_memory_of_its_grid() -> None:
         result.kernel.run(3, 2, 5, 7, *arguments)
     ((_, *grid, _, shared, types, handed, stream),) = launches
     assert grid == [3, 2, 5] and stream == 7 and shared == result.kernel.shared
+    entry = re.search(r"\.entry[^(]*\((.*?)\)", compiled.asm["ptx"], re.DOTALL)
+    assert entry is not None and entry.group(1).count(".param") == len(types)
     # Behind the kernel's own arguments stand its scratch memory and that of a profiler, which nobody uses.
     assert len(handed) == len(types) == len(arguments) + 2 and handed[-1] is None and types.endswith("OO")
     assert handed[-2] != 0
