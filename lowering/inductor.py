@@ -229,12 +229,19 @@ def _specialized_possible(stage: str, call: _Call, problem: Problem, switches: d
         and call.probe_low is None
         and call.adjoint is None
         and wanted == whole | ({"NEEDS_PROBE"} if stage == "core_backward_query" and problem.has_probe else set())
-        and not problem.score_mod
-        and not (problem.has_probe and problem.covariance_mod)
+        and all(map(_fits_in_registers, (call.score_mod, call.covariance_mod)))
         and call.scale > 0
         and (not problem.mask or is_elementary(blocks.mask_mod.graph_module))
         and not (call.block_sparse and rows % (SPECIALIZED_GROUPS * SPECIALIZED_ROWS))
     )
+
+
+_LARGEST_SLOPE = 1024.0
+"""What a warp-specialised backward keeps in float16 beside a weight: ends at 65504."""
+
+
+def _fits_in_registers(mod: Mod) -> bool:
+    return mod.elementary and not mod.mutated and mod.largest_slope <= _LARGEST_SLOPE
 
 
 def _head_group(problem: Problem) -> int:
@@ -332,7 +339,13 @@ def _instantiate(
         inputs = inputs | {"COUNTER": realized([counter])[0]}
         mutated = [*mutated, inputs["COUNTER"]]
     nodes = [*inputs.values(), *lists]
-    specialized = {"PROGRAMS": _multiprocessors(call.device), "HEAD_GROUP": _head_group(problem)}
+    specialized = {
+        "PROGRAMS": _multiprocessors(call.device),
+        "HEAD_GROUP": _head_group(problem),
+        # Whether the derivative of a mod is something else than 1.
+        "SCORE_SLOPE": problem.score_mod and not call.score_mod.additive,
+        "COVARIANCE_SLOPE": problem.has_probe and problem.covariance_mod and not call.covariance_mod.additive,
+    }
     choices: list[Any] = []
     for candidate in found:
         error = _TEMPLATES[stage + _SPECIALIZED * candidate.specialized].maybe_append_choice(
@@ -455,8 +468,8 @@ def _core_backward_query(call: _Call, plan: Plan, layouts: list[Any], statistics
             "NEEDS_QUERY": need_query,
             "NEEDS_PROBE": need_probe,
             # A mod's derivative lies between the known sums and what is rounded: there the rounding alone is settled.
-            "KNOWN_QUERY_SUM": not problem.score_mod,
-            "KNOWN_PROBE_SUM": problem.intercept and not problem.covariance_mod,
+            "KNOWN_QUERY_SUM": not problem.score_mod or call.score_mod.additive,
+            "KNOWN_PROBE_SUM": problem.intercept and (not problem.covariance_mod or call.covariance_mod.additive),
             "HAS_QUERY_SUM": "QUERY_SUM" in inputs,
             "HAS_PROBE_SUM": "PROBE_SUM" in inputs,
         },

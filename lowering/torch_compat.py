@@ -15,6 +15,7 @@ import functools
 import importlib
 import inspect
 import json
+import textwrap
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
@@ -170,7 +171,16 @@ FENCED: dict[str, tuple[str, ...]] = {
     "torch._inductor.select_algorithm:TritonTemplate._template_from_string": ("source",),
     "torch._inductor.select_algorithm:TritonTemplateKernel.jit_lines": (),
     "torch._inductor.select_algorithm:TritonTemplateKernel.modification": (),
+    "torch._inductor.runtime.static_triton_launcher:StaticallyLaunchedCudaKernel.__init__": ("kernel",),
+    "torch._inductor.runtime.static_triton_launcher:StaticallyLaunchedCudaKernel.load_kernel": ("device",),
+    "torch._inductor.runtime.static_triton_launcher:StaticallyLaunchedCudaKernel.run": (
+        "grid_x",
+        "grid_y",
+        "grid_z",
+        "stream",
+    ),
     "torch._inductor.runtime.triton_heuristics:ASTSource": (),
+    "torch._inductor.runtime.triton_heuristics:statically_launched_kernel_by_device": ("kernel", "device_type"),
     "torch._inductor.select_algorithm:autotune_select_algorithm": (
         "name",
         "choices",
@@ -411,7 +421,7 @@ class _Inductor:
             source: its text.
             gluon: whether the text is Gluon, Triton's language of explicit layouts, and not Triton.
         """
-        template = _resolve("torch._inductor.select_algorithm:TritonTemplate")
+        template = _launched_from_cubin(_resolve("torch._inductor.select_algorithm:TritonTemplate"))
         if gluon:
             template = gluon_template(template)
         parsed = template._template_from_string
@@ -450,6 +460,25 @@ class _Inductor:
 
 
 inductor = _Inductor()
+
+
+_LAUNCH_IMPORTS = """\
+from parallax_compile.lowering.torch_compat_launch import launch_from_cubin
+launch_from_cubin()
+"""
+
+
+def _launched_from_cubin(template: Any) -> Any:
+    """A subclass of Inductor's ``TritonTemplate`` whose kernels tell the process that compiles them how to launch them.
+
+    It may be one of Inductor's worker processes, which know of this package only through the kernels' text.
+    """
+
+    class Kernel(template.kernel_type):  # type: ignore[name-defined, misc]
+        def jit_lines(self) -> str:
+            return _LAUNCH_IMPORTS + textwrap.dedent(super().jit_lines())
+
+    return type("LaunchedFromCubin", (template,), {"kernel_type": Kernel})
 
 
 class _DeferredText:
