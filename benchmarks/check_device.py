@@ -71,16 +71,7 @@ def _bias(captured: dict[str, Tensor]) -> Any:
     return lambda s, b, h, q, k: s + captured["slope"][h] * (q - k) * 0.02
 
 
-def _alibi(captured: dict[str, Tensor]) -> Any:
-    return plx.mods.alibi(8)
-
-
-def _cap(captured: dict[str, Tensor]) -> Any:
-    return plx.mods.tanh_cap(20.0, approx=True)
-
-
-def _half(captured: dict[str, Tensor]) -> Any:
-    return plx.mods.scale_by(0.5)
+_ALIBI, _CAP, _HALF = plx.mods.alibi(8), plx.mods.tanh_cap(20.0, approx=True), plx.mods.scale_by(0.5)
 
 
 def cases(quick: bool) -> list[Case]:
@@ -135,11 +126,11 @@ def cases(quick: bool) -> list[Case]:
             Case("keys offset 10 sigma D=128", mask=causal, key_offset=10.0, width=128),
             Case("dynamic lengths", mask=causal, q_length=333, kv_length=333, dynamic=True),
             Case("documents", spec=plx.SOFTMAX, mask=documents, width=128, q_length=1000, kv_length=1000),
-            Case("mods", mask=causal, score=_alibi, covariance=_cap, q_length=777, kv_length=777),
-            Case("mods D=128 GQA", mask=causal, score=_alibi, covariance=_cap, q_heads=8, kv_heads=2, width=128,
+            Case("mods", mask=causal, score=lambda captured: _ALIBI, covariance=lambda captured: _CAP, q_length=777, kv_length=777),
+            Case("mods D=128 GQA", mask=causal, score=lambda captured: _ALIBI, covariance=lambda captured: _CAP, q_heads=8, kv_heads=2, width=128,
                  q_length=515, kv_length=515),
-            Case("other mods D=128", score=_cap, covariance=_half, width=128, q_length=300, kv_length=300),
-            Case("softmax, capped", spec=plx.SOFTMAX, mask=causal, score=_cap, width=128),
+            Case("other mods D=128", score=lambda captured: _CAP, covariance=lambda captured: _HALF, width=128, q_length=300, kv_length=300),
+            Case("softmax, capped", spec=plx.SOFTMAX, mask=causal, score=lambda captured: _CAP, width=128),
         )
     ]
     # Where the default is the specialised kernel.

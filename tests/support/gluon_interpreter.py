@@ -105,16 +105,20 @@ def _store_to(pointer: Pointer, value: Any, mask: Any = None, **hints: Any) -> N
     pointer.storage[offset[keep].long()] = value[keep].as_subclass(Tensor)
 
 
-_CONVERSIONS = {torch.float16: "cvt.f32.f16", torch.bfloat16: "shl.b32 $0, $2, 16"}
-
-
 def _assembly(asm: str, constraints: str, args: Sequence[Tensor], dtype: torch.dtype, is_pure: bool, pack: int) -> Tile:
-    """The assembly that the kernels have: tanh, and 16-bit numbers, two in a register, to float32."""
-    (x,) = args
-    assert dtype == torch.float32
+    """The assembly that the kernels have: tanh, 16-bit numbers to float32, and what rounding to them leaves."""
+    x, *others = args
     if asm.startswith("tanh.approx.f32"):
         return torch.tanh(x)
-    assert pack == 2 and _CONVERSIONS[x.dtype] in asm
+    if dtype == torch.int8:
+        assert "prmt.b32 a, $1, $2, 0x51" in asm and pack == 4
+        return _tile((x.as_subclass(Tensor).contiguous().view(torch.int32) >> 8).to(torch.int8))
+    assert dtype == torch.float32
+    if others:
+        assert "prmt.b32 a, $6, 0, 0x8804" in asm and pack == 4
+        bits = x.as_subclass(Tensor).float().contiguous().view(torch.int32) + (others[0].to(torch.int32) << 8)
+        return _tile(bits.as_subclass(Tensor).view(torch.float32))
+    assert pack == 2 and {torch.float16: "cvt.f32.f16", torch.bfloat16: "shl.b32 $0, $2, 16"}[x.dtype] in asm
     return _tile(x.to(dtype))
 
 
@@ -241,7 +245,7 @@ class _Machine:
 
         dtypes = {
             name: getattr(torch, name)
-            for name in ("int1", "int32", "int64", "float16", "bfloat16", "float32")
+            for name in ("int1", "int8", "int32", "int64", "float16", "bfloat16", "float32")
             if name != "int1"
         }
         tiles = SimpleNamespace(
