@@ -238,14 +238,17 @@ def vectorize_mod(mod: Callable[..., Any], *, n_buffers: int = 0, kind: str = "s
     return run
 
 
-def result_problem(value: Any, *, is_mask: bool) -> str | None:
-    """What is wrong with the value that a mod returned, or None."""
+def result_problem(value: Any, *, is_mask: bool, axes: int = 0) -> str | None:
+    """What is wrong with the value that a mod returned, or None; ``axes`` are those that :func:`vectorize_mod` added."""
     if not isinstance(value, Tensor):
         return f"must return a tensor, but returned {type(value).__name__}."
     if is_mask and value.dtype != torch.bool:
         return f"must return bool, but returned {value.dtype}. Compare, do not subtract."
     if not is_mask and not value.is_floating_point():
         return f"must return a floating score, but returned {value.dtype}."
+    if value.dim() != axes:
+        shape = list(value.shape)[axes:]
+        return f"must return one number for its pair of a query and a key, but returned a tensor of shape {shape}."
     return None
 
 

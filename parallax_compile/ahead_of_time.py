@@ -280,8 +280,7 @@ def aot(
     from .lowering.ahead import ahead_of_time
     from .tuning import _listed, _shapes
 
-    if not isinstance(spec, AttentionSpec):
-        raise InputTypeError(f"spec must be an AttentionSpec, but got {type(spec).__name__}.")
+    validation.check_spec(spec)
     resolved = resolve(target)
     calls = []
     for dtype in _listed(dtypes, dtype_of):

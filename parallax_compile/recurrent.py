@@ -93,8 +93,7 @@ def decode_state(
         InputTypeError: (a TypeError) a wrong type or dtype.
         UnsupportedError: a gradient is wanted (``plx.attention`` with ``initial_state`` has one).
     """
-    if not isinstance(spec, AttentionSpec):
-        raise_input(InputTypeError, f"spec must be an AttentionSpec, but got {type(spec).__name__}.")
+    validation.check_spec(spec)
     _check_member(spec)
     validation.check_tensors(query, key, value, probe, spec, True)
     validation.check_ridge(ridge, spec, query)

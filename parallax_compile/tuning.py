@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import validation
 from .attention import attention
-from .errors import InputError, InputTypeError, UnsupportedError
+from .errors import InputError, UnsupportedError
 from .lowering import tuned
 from .lowering.store import Entry, Store
 from .shapes import Shape, dtype_of
@@ -170,8 +170,7 @@ def autotune(
     from .lowering.model import ModelTimer
     from .lowering.targets import resolve
 
-    if not isinstance(spec, AttentionSpec):
-        raise InputTypeError(f"spec must be an AttentionSpec, but got {type(spec).__name__}.")
+    validation.check_spec(spec)
     if effort not in _EFFORTS:
         raise InputError(f"effort must be one of {', '.join(_EFFORTS)}, but got {effort!r}.")
     if isinstance(measures, str) and measures != "model":

@@ -23,6 +23,7 @@ from .spec import AttentionSpec
 
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 MAX_WIDTH = 256
+MOST_WARPS = 32  # of a program: 1024 threads
 _SCORE_ARGUMENTS = ("score", "b", "h", "q_idx", "kv_idx")
 KERNEL_OPTIONS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "USE_TMA", "HELD_TILES", "WARP_SPECIALIZED")
 CALL_OPTIONS = ("SPLIT_KEYS",)  # of the whole call: without a prefix
@@ -43,6 +44,7 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, probe: Any, spec: A
             continue
         if not isinstance(tensor, Tensor):
             raise_input(InputTypeError, f"{name} must be a tensor, but got {type(tensor).__name__}.")
+        check_strided(name, tensor)
         if tensor.dim() != 4:
             raise_input(
                 InputError, f"{name} must be 4-D, [batch, heads, length, width], but got shape {tuple(tensor.shape)}."
@@ -112,11 +114,34 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, probe: Any, spec: A
             )
 
 
+def check_strided(name: str, tensor: Tensor) -> None:
+    """``tensor`` is dense, with strides: neither sparse nor nested."""
+    if tensor.is_nested or tensor.layout != torch.strided:
+        found = "a nested one" if tensor.is_nested else f"layout {tensor.layout}"
+        raise_input(
+            InputTypeError,
+            f"{name} must be a dense, strided tensor, but got {found}. Make it dense: pad sequences, "
+            "or pack them under plx.masks.document.",
+        )
+
+
+def check_flag(name: str, flag: Any) -> None:
+    """A switch is a bool: a tensor, or text, would be taken for True."""
+    if not isinstance(flag, bool):
+        raise_input(InputTypeError, f"{name} must be a bool, but got {type(flag).__name__}.")
+
+
+def check_spec(spec: Any) -> None:
+    """``spec`` is a declaration."""
+    if not isinstance(spec, AttentionSpec):
+        raise_input(InputTypeError, f"spec must be an AttentionSpec, but got {type(spec).__name__}.")
+
+
 def check_scale(scale: Any, spec: AttentionSpec) -> None:
     """``scale`` is a finite number, and is not given at infinite bandwidth, where there is no score to scale."""
     if scale is None:
         return
-    if isinstance(scale, Tensor) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
+    if isinstance(scale, (bool, Tensor)) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
         raise_input(InputTypeError, f"scale must be a number or None, but got {type(scale).__name__}.")
     if isinstance(scale, float) and not -math.inf < scale < math.inf:  # math.isfinite takes no symbolic float
         raise_input(InputError, f"scale must be finite, but got {scale}. None means 1/sqrt(D).")
@@ -197,7 +222,7 @@ def check_ridge(ridge: Any, spec: AttentionSpec, query: Tensor) -> None:
         raise_input(
             InputError, f"ridge needs a solved or gradient probe, but the spec's probe is {spec.probe.kind}. Drop it."
         )
-    if isinstance(ridge, (int, float)):
+    if isinstance(ridge, (int, float)) and not isinstance(ridge, bool):
         if not (math.isfinite(ridge) and ridge > 0):
             raise_input(InputError, f"ridge must be positive and finite, but got {ridge}.")
         return
@@ -284,10 +309,20 @@ def check_kernel_options(options: Any) -> None:
                 f"kernel_options[{name}] is of the kernel that takes all keys at once, but SPLIT_KEYS is True. Drop one.",
             )
         least = 0 if name.endswith("HELD_TILES") else 1
-        if not isinstance(option, int) or option < least:
+        if isinstance(option, bool) or not isinstance(option, int) or option < least:
             raise_input(InputError, f"kernel_options[{name}] must be an integer of at least {least}, but got {option}.")
-        if "BLOCK" in name and (option < 16 or option & (option - 1)):
-            raise_input(InputError, f"kernel_options[{name}] must be a power of two of at least 16, but got {option}.")
+        check_power_of_two(name, option)
+
+
+def check_power_of_two(name: str, option: int) -> None:
+    """Sizes of tiles and numbers of warps, which Triton takes as powers of two only; ``name`` may have a stage's prefix."""
+    power = not option & (option - 1)
+    if "BLOCK" in name and not (power and option >= 16):
+        raise_input(InputError, f"kernel_options[{name}] must be a power of two of at least 16, but got {option}.")
+    if name.endswith("num_warps") and not (power and option <= MOST_WARPS):
+        raise_input(
+            InputError, f"kernel_options[{name}] must be a power of two of at most {MOST_WARPS}, but got {option}."
+        )
 
 
 def check_split_keys(
@@ -338,9 +373,11 @@ def check_scan_options(options: Any) -> None:
         )
 
 
-def check_compiled(query: Tensor, value: Tensor, spec: AttentionSpec, on: str | None = None) -> None:
+def check_compiled(
+    query: Tensor, value: Tensor, spec: AttentionSpec, on: str | None = None, call: str = "plx.attention"
+) -> None:
     """What the compiled path covers on query's device, or on the kind ``on``; the rest is the reference's, uncompiled."""
-    instead = "Call plx.attention outside of torch.compile: the reference covers it."
+    instead = f"Call {call} outside of torch.compile: the reference covers it."
     device = query.device.type if on is None else on
     if device not in ("cpu", "cuda"):
         raise_input(UnsupportedError, f"compiled attention runs on cpu and cuda, not on {device}. {instead}")

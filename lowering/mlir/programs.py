@@ -55,7 +55,7 @@ def _lifted(name: str, mod: Mod | None) -> Mod | None:
 
     def run(*arguments: Tensor) -> Tensor:
         result = vectorized(*arguments)
-        problem = result_problem(result, is_mask=is_mask)
+        problem = result_problem(result, is_mask=is_mask, axes=4)
         if problem is not None:
             raise InputTypeError(f"{name} {problem}")
         return result if is_mask else result.to(arguments[0].dtype)
