@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .dense import in_layout_of
 from .mod_graphs import differentiated_buffers, is_always_true, is_identity
+from .plan import Direction, log_choice
 from .torch_compat import inline_in_lowering, traced_while_loop, vectorize_mod
 
 MAX_ROWS = 256
@@ -524,5 +525,9 @@ def conjugate_gradients(
 
 
 def lower(function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
-    """Inline ``function`` (:func:`forward` or :func:`backward`) in place of the node that Inductor is lowering."""
+    """Inline :func:`forward`, :func:`backward` or :func:`solve` in place of the node that Inductor is lowering."""
+    direction: Direction = "backward" if function is backward else "forward"
+    log_choice(
+        f"core_{function.__name__}", direction, "row chunks", "cpu: chunks of rows over all keys, in a compiled loop"
+    )
     return inline_in_lowering(function, arguments)

@@ -31,7 +31,7 @@ from .inductor_shared import (
     tma_possible,
 )
 from .mod_graphs import is_always_true
-from .plan import Cut, decode_cut
+from .plan import MERGES, Cut, decode_cut, log_choice
 from .torch_compat import inductor
 
 
@@ -404,6 +404,7 @@ def split_keys(
     if not inductor.config.max_autotune:
         found, cuts = found[:1], cuts[:1]
     merge = cuts[0].merge
+    log_choice("decode_split", "forward", "split keys", f"{MERGES[merge]}; {found[0]}, {cuts[0].programs} programs")
     pairs = [(candidate, own) for candidate, own in zip(found, cuts, strict=True) if own.merge == merge]
     if merge == "stage" or not all(isinstance(own.programs, int) for own in cuts):
         # The stage that merges works the cut out again; and of symbols there is no largest.

@@ -361,7 +361,7 @@ def decode_cut(
     return Cut(rows, row_tiles, slots, least_tiles, launched, merge)
 
 
-_MERGES = {
+MERGES: dict[Merge, str] = {
     "none": "one split of each sequence: nothing to merge",
     "kernel": "keys are split to fill the device; the program of a head that arrives last merges its states",
     "stage": "keys are split to fill the device; too many rows and splits for one program to merge",
@@ -376,7 +376,7 @@ def make_decode_plan(problem: Problem, cut: Cut) -> Plan:
 
 
 def _split(problem: Problem, cut: Cut | None) -> list[Stage]:
-    how = "keys are split to fill the device" if cut is None else _MERGES[cut.merge]
+    how = "keys are split to fill the device" if cut is None else MERGES[cut.merge]
     split = replace(_forward(problem, "split keys"), name="decode_split", writes=("out",), reason=f"few rows: {how}")
     if cut is None or cut.merge != "stage":
         return [split]
@@ -411,8 +411,13 @@ def make_plan(problem: Problem, cut: Cut | None = None) -> Plan:
             if problem.needs_grad is not None:
                 stages += [*_backward(problem, algorithm), *_gradient_steps_backward(problem)]
     for stage in stages:
-        _log.info("%s: %s, %s: %s", stage.name, stage.direction, stage.algorithm, stage.reason)
+        log_choice(stage.name, stage.direction, stage.algorithm, stage.reason)
     return Plan(problem, tuple(stages))
+
+
+def log_choice(stage: str, direction: Direction, algorithm: Algorithm, reason: str) -> None:
+    """Say what was chosen, to ``TORCH_LOGS="+parallax_compile"``: of a plan, or where a lowering has none to make."""
+    _log.info("%s: %s, %s: %s", stage, direction, algorithm, reason)
 
 
 def _scan(problem: Problem) -> list[Stage]:

@@ -99,7 +99,7 @@ class Explanation:
         """Write the mask's picture as PNG (needs matplotlib, the extra ``viz``).
 
         Raises:
-            InputError: the call has no mask.
+            InputError: the call has no mask; the file cannot be written.
             UnsupportedError: matplotlib is not installed.
         """
         return mask_pictures.save(self.blocks, path, self.spec.name or "variant")

@@ -25,6 +25,7 @@ from parallax_compile.lowering.targets import resolve
 import parallax_compile as plx
 from parallax_compile.errors import InputError, InputTypeError, UnsupportedError
 from parallax_compile.shapes import Shape
+from parallax_compile.tuning import candidate_text
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
@@ -275,6 +276,25 @@ def test_wrong_arguments_are_named() -> None:
         plx.autotune(CAUSAL, "4,16")
     with pytest.raises(InputError, match="core_typo"):
         tune(MadeUp(lambda candidate: 1.0), stages=["core_typo"])
+    wrong: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"dtypes": []}, InputError, "dtypes must name at least one"),
+        ({"shapes": []}, InputError, "shapes must name at least one"),
+        ({"shapes": None}, InputTypeError, "shape must be a string or a tuple"),
+        ({"stages": []}, InputError, "stages must name at least one"),
+        ({"stages": 3}, InputError, "stages must be of core_forward.* but got 3"),
+        ({"backward": "no"}, InputTypeError, "backward must be a bool"),
+        ({"store": "/tmp/x"}, InputTypeError, "store must be .*PARALLAX_STORE"),
+        ({"measures": 3}, InputError, "measures must be"),
+        ({"workers": -1}, InputError, "workers must be an integer of at least 0"),
+        ({"workers": "2"}, InputError, "workers must be"),
+    ]
+    for change, error, message in wrong:
+        with pytest.raises(error, match=message):
+            plx.autotune(CAUSAL, **{"shapes": SHAPE, "measures": "model"} | change)
+    assert candidate_text(
+        {"block_m": 64, "block_n": 32, "num_warps": 4, "num_stages": 3, "overlap": True, "held": 1}
+    ) == ("64x32, 4 warps, 3 stages, overlapped, 1 held")
+    assert candidate_text({"tile": 3}) == "tile 3"
     if not torch.cuda.is_available():
         with pytest.raises(UnsupportedError, match="measures='model'"):
             tune(None)
