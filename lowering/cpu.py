@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .dense import in_layout_of
 from .mod_graphs import differentiated_buffers, is_always_true, is_identity
-from .plan import Direction, log_choice
+from .plan_stages import Direction, log_choice
 from .torch_compat import inline_in_lowering, traced_while_loop, vectorize_mod
 
 MAX_ROWS = 256

@@ -31,7 +31,8 @@ from .inductor_shared import (
     tma_possible,
 )
 from .mod_graphs import is_always_true
-from .plan import MERGES, Cut, decode_cut, log_choice
+from .plan_split import MERGES, Cut, decode_cut
+from .plan_stages import log_choice
 from .torch_compat import inductor
 
 
@@ -230,7 +231,7 @@ def forward_of_core(
     intercept: bool,
     options: dict[str, Any],
 ) -> tuple[Any, Any, Any]:
-    """Output, LSE and probe mean of a call of the core whose keys are split (:func:`.plan.splits_keys`).
+    """Output, LSE and probe mean of a call of the core whose keys are split (:func:`.plan_split.splits_keys`).
 
     Args:
         operands: ``Q, K, V`` and ``R`` (None without a probe).

@@ -11,7 +11,8 @@ from .. import templates
 from . import scan, scan_products, scan_solve
 from .candidates import padded
 from .inductor_shared import allocate, distinct, node_layouts, precision, shared_memory_limit
-from .plan import CHUNK, Direction, log_choice, scan_segments
+from .plan_scan import CHUNK, scan_segments
+from .plan_stages import Direction, log_choice
 from .scan_step import scan_step  # noqa: F401  (its lowering is here)
 from .torch_compat import inductor, inline_in_lowering
 from .tuned import ask, offered

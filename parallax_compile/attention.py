@@ -23,7 +23,8 @@ from .lowering.cache_key import cache_salt
 from .lowering.dense import allowed_pairs
 from .lowering.mlir import forms
 from .lowering.operator import attention_forward
-from .lowering.plan import FEWEST_KEYS_TO_SPLIT, MOST_ROWS_TO_SPLIT, chunked_scan, split_choice
+from .lowering.plan_scan import chunked_scan
+from .lowering.plan_split import FEWEST_KEYS_TO_SPLIT, MOST_ROWS_TO_SPLIT, split_choice
 from .lowering.scan import State
 from .lowering.torch_compat import mark_static, raise_input, result_problem, statically_known_true, vectorize_mod
 from .spec import PARALLAX, SOFTMAX, AttentionSpec, Gradient, Solved
@@ -402,7 +403,7 @@ def _weights(call: _Call, block_mask: BlockMask | None) -> probes.Weights:
 
 
 def _needs_no_lists(call: _Call, operands: tuple[Tensor, ...]) -> bool:
-    """Whether the plan will split the keys (:func:`.plan.splits_keys`), and the spec's mask needs no lists of blocks.
+    """Whether the plan will split the keys (:func:`.plan_split.splits_keys`), and the spec's mask needs no lists of blocks.
 
     Where a mod captures what needs a gradient the lists are left out for the core too, which reads every key for its few rows.
     """

@@ -19,18 +19,10 @@ from .lowering.candidates import padded
 from .lowering.decode import capacity_of
 from .lowering.decode_blocks import lists_of
 from .lowering.decode_candidates import decode_candidates
-from .lowering.plan import (
-    EXPECTED_ITERATIONS,
-    Cost,
-    Cut,
-    Plan,
-    Problem,
-    Stage,
-    decode_cut,
-    make_decode_plan,
-    make_plan,
-    splits_keys,
-)
+from .lowering.plan import make_decode_plan, make_plan
+from .lowering.plan_solve import EXPECTED_ITERATIONS
+from .lowering.plan_split import Cut, decode_cut, splits_keys
+from .lowering.plan_stages import Cost, Plan, Problem, Stage
 from .lowering.targets import Target, resolve
 from .spec import AttentionSpec, Gradient, Solved
 

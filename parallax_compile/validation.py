@@ -16,7 +16,8 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from .block_masks import own_lists
 from .errors import InputError, InputTypeError, UnsupportedError
-from .lowering.plan import ONLY_OF_THE_CORE, WIDEST_DIRECT
+from .lowering.plan_solve import WIDEST_DIRECT
+from .lowering.plan_split import ONLY_OF_THE_CORE
 from .lowering.scan import State
 from .lowering.torch_compat import check_arity, raise_input
 from .spec import AttentionSpec
@@ -328,7 +329,7 @@ def check_power_of_two(name: str, option: int) -> None:
 def check_split_keys(
     spec: AttentionSpec, covariance_mod: bool, gradient: bool, block_mask: Any, query: Tensor, key: Tensor
 ) -> None:
-    """A call that asks for its keys to be split can have it (:func:`.lowering.plan.splits_keys`)."""
+    """A call that asks for its keys to be split can have it (:func:`.lowering.plan_split.splits_keys`)."""
     given = "kernel_options[SPLIT_KEYS] is True, but"
     if gradient:
         raise_input(

@@ -70,7 +70,7 @@ def test_specs_by_name_json_file_and_attribute(tmp_path: Path, monkeypatch: pyte
         "nope": "SPEC must be one of SOFTMAX", "{": "no spec as JSON", "my_variants:missing": "cannot be imported",
         "no_such_module:x": "No module named", "my_variants:plx": "no AttentionSpec, but module",
         "none.json": "none.json, which cannot be read: No such file", "broken:x": "ZeroDivisionError: division by zero",
-        ":x": "cannot be imported", '{"bandwith": 1}': "no field bandwith; it has bandwidth", "list.json": "but got list",
+        ":x": "cannot be imported", '{"width": 1}': "no field width; it has bandwidth", "list.json": "but got list",
     }  # fmt: skip
     for text, message in wrong.items():
         with pytest.raises(plx.errors.InputError, match=message):

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from parallax_compile.lowering import counters
-from parallax_compile.lowering.plan import decode_cut
+from parallax_compile.lowering.plan_split import decode_cut
 from support.decoding import Call, random_blocks
 from support.oracle import budget, relative_error
 from torch import Tensor
@@ -103,7 +103,9 @@ def test_no_rows_no_room_no_new_keys() -> None:
     assert decode(query[:, :, :0], cache, cache).shape == (2, 4, 0, 8)
     assert not decode(query, cache[:, :, :0], cache[:, :, :0]).any()
     pages, table = torch.randn(3, 16, 4, 8), torch.empty(2, 0, dtype=torch.int32)
-    assert not decode(query, pages, pages, page_table=table, key=query, value=query).any()
+    assert not decode(query, pages, pages, page_table=table).any()
+    with pytest.raises(InputError, match="key has 1 new keys, .* capacity of 0"):
+        decode(query, pages, pages, page_table=table, key=query, value=query)
     none = query[:, :, :0]
     assert torch.equal(decode(query, cache, cache, key=none, value=none), decode(query, cache, cache))
     assert torch.equal(plx.decode(query, cache, cache, cache_seqlens=3)[:1], decode(query, cache, cache)[:1])
