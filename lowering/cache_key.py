@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .. import templates
 from . import tuned
-from .torch_compat import settled_when_traced
+from .torch_compat_errors import settled_when_traced
 
 
 def _digest() -> str:

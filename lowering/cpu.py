@@ -19,7 +19,8 @@ from torch import Tensor
 from .dense import in_layout_of
 from .mod_graphs import differentiated_buffers, is_always_true, is_identity
 from .plan_stages import Direction, log_choice
-from .torch_compat import inline_in_lowering, traced_while_loop, vectorize_mod
+from .torch_compat_inlining import inline_in_lowering, traced_while_loop
+from .torch_compat_operator import vectorize_mod
 
 MAX_ROWS = 256
 MIN_ROWS = 32

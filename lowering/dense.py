@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputTypeError
-from .torch_compat import result_problem, vectorize_mod
+from .torch_compat_operator import result_problem, vectorize_mod
 
 Mod = Callable[..., Any]
 

@@ -35,8 +35,8 @@ from .plan_solve import asked_direct, solve_method
 from .plan_split import split_choice, splits_keys
 from .plan_stages import Plan, Problem
 from .solve import attention_solve
-from .torch_compat import inductor
 from .torch_compat_gluon import has_gluon
+from .torch_compat_inductor import inductor
 from .tuned import ask, offered
 
 # Groups of heads of persistent kernels: larger ones balance better, and past the cache still gain (benchmarks/NOTES.md).

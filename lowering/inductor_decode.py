@@ -33,7 +33,7 @@ from .inductor_shared import (
 from .mod_graphs import is_always_true
 from .plan_split import MERGES, Cut, decode_cut
 from .plan_stages import log_choice
-from .torch_compat import inductor
+from .torch_compat_inductor import inductor
 
 
 @inductor.SymbolicGridFn

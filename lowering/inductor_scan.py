@@ -14,7 +14,8 @@ from .inductor_shared import allocate, distinct, node_layouts, precision, shared
 from .plan_scan import CHUNK, scan_segments
 from .plan_stages import Direction, log_choice
 from .scan_step import scan_step  # noqa: F401  (its lowering is here)
-from .torch_compat import inductor, inline_in_lowering
+from .torch_compat_inductor import inductor
+from .torch_compat_inlining import inline_in_lowering
 from .tuned import ask, offered
 
 

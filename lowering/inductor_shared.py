@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .mod_graphs import digest, is_identity
-from .torch_compat import inductor
+from .torch_compat_inductor import inductor
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453

@@ -26,7 +26,9 @@ from .lowering.operator import attention_forward
 from .lowering.plan_scan import chunked_scan
 from .lowering.plan_split import FEWEST_KEYS_TO_SPLIT, MOST_ROWS_TO_SPLIT, split_choice
 from .lowering.scan import State
-from .lowering.torch_compat import mark_static, raise_input, result_problem, statically_known_true, vectorize_mod
+from .lowering.torch_compat_dynamo import mark_static
+from .lowering.torch_compat_errors import raise_input
+from .lowering.torch_compat_operator import result_problem, statically_known_true, vectorize_mod
 from .spec import PARALLAX, SOFTMAX, AttentionSpec, Gradient, Solved
 
 __all__ = ["AuxOutput", "AuxRequest", "attention", "flex_attention"]

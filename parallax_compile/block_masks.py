@@ -9,7 +9,8 @@ from torch.nn.attention.flex_attention import BlockMask
 from . import masks
 from .errors import InputTypeError, UnsupportedError
 from .lowering import decode_blocks
-from .lowering.torch_compat import outside_of_tracing, raise_input, result_problem
+from .lowering.torch_compat_errors import raise_input
+from .lowering.torch_compat_operator import outside_of_tracing, result_problem
 from .masks import LibraryMask, MaskMod
 
 EMPTY, PARTIAL, FULL = 0, 1, 2

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .errors import InputError, InputTypeError, UnsupportedError
 from .lowering.decode import capacity_of
-from .lowering.torch_compat import raise_input
+from .lowering.torch_compat_errors import raise_input
 from .spec import AttentionSpec
 from .validation import FLOATING, check_block_mask_of, check_power_of_two, check_strided
 

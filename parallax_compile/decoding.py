@@ -36,7 +36,8 @@ from .lowering import decode_blocks, probes
 from .lowering.append import append
 from .lowering.cache_key import CACHE_SALT
 from .lowering.operator import statistics_dtype
-from .lowering.torch_compat import mark_static, raise_input
+from .lowering.torch_compat_dynamo import mark_static
+from .lowering.torch_compat_errors import raise_input
 from .masks import reach
 from .spec import PARALLAX, SOFTMAX, AttentionSpec, Gradient, Solved
 

@@ -18,7 +18,7 @@ from .lowering.cache_key import CACHE_SALT
 from .lowering.operator import statistics_dtype
 from .lowering.scan import State
 from .lowering.scan_step import read, scan_step
-from .lowering.torch_compat import raise_input
+from .lowering.torch_compat_errors import raise_input
 from .spec import AttentionSpec, Gradient, Solved
 
 __all__ = ["decode_state", "empty_state"]

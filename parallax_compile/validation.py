@@ -1,6 +1,6 @@
 """What a call of :func:`~parallax_compile.attention` may be: every user error, found before anything is compiled.
 
-The checks are plain Python that Dynamo can trace; :func:`~parallax_compile.lowering.torch_compat.raise_input` makes a
+The checks are plain Python that Dynamo can trace; :func:`~parallax_compile.lowering.torch_compat_errors.raise_input` makes a
 failed one surface as itself, compiled or not.
 """
 
@@ -19,7 +19,7 @@ from .errors import InputError, InputTypeError, UnsupportedError
 from .lowering.plan_solve import WIDEST_DIRECT
 from .lowering.plan_split import ONLY_OF_THE_CORE
 from .lowering.scan import State
-from .lowering.torch_compat import check_arity, raise_input
+from .lowering.torch_compat_errors import check_arity, raise_input
 from .spec import AttentionSpec
 
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

@@ -104,7 +104,7 @@ def test_no_rows_no_room_no_new_keys() -> None:
     assert not decode(query, cache[:, :, :0], cache[:, :, :0]).any()
     pages, table = torch.randn(3, 16, 4, 8), torch.empty(2, 0, dtype=torch.int32)
     assert not decode(query, pages, pages, page_table=table).any()
-    with pytest.raises(InputError, match="key has 1 new keys, .* capacity of 0"):
+    with pytest.raises(InputError, match=r"key has 1 new keys, .* capacity of 0"):
         decode(query, pages, pages, page_table=table, key=query, value=query)
     none = query[:, :, :0]
     assert torch.equal(decode(query, cache, cache, key=none, value=none), decode(query, cache, cache))

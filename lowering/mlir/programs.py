@@ -18,7 +18,7 @@ from ...errors import InputError, InputTypeError
 from ...reference import ReferenceOutput
 from ...reference import attention as reference_attention
 from ...spec import AttentionSpec
-from ..torch_compat import result_problem, vectorize_mod
+from ..torch_compat_operator import result_problem, vectorize_mod
 from . import solver
 
 __all__ = ["Declared", "blockwise", "dense"]
