@@ -194,21 +194,30 @@ def family_command(as_json: bool) -> None:
 @click.option(
     "--mask-png", type=click.Path(dir_okay=False, path_type=Path), help="Write the mask's picture (matplotlib)."
 )
+@click.option(
+    "--decode",
+    is_flag=True,
+    help="Of plx.decode: the lengths are query rows and keys of a cache, as in 8,32:8,1:8192,128.",
+)
 @_json
 def explain(
     spec: AttentionSpec, shape: str, dtype: str, mask: str | None, target: str, backward: bool, kernels: bool,
-    mask_png: Path | None, as_json: bool,
+    mask_png: Path | None, decode: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """The plan of a call: stages, why, least operations and bytes, floors, and what would make it faster."""
     from .explanation import explain as explained
+    from .explanation import explain_decode
 
-    spec = _masked(spec, mask)
+    if decode and kernels:
+        raise InputError("--kernels compiles the stages of plx.attention: leave it out with --decode.")
+    spec, backward = _masked(spec, mask), backward and not decode
     tensors = _operands(spec, shape, dtype, backward)
-    device = "cpu"  # a block mask has its lists somewhere
-    tensors = [
-        None if tensor is None else tensor.new_empty((), device=device).expand(tensor.shape) for tensor in tensors
-    ]
-    found = explained(spec, *tensors, target=target, backward=backward, kernels=kernels)
+    if decode:
+        found = explain_decode(spec, *tensors, target=target)
+    else:
+        # A block mask has its lists somewhere: on the CPU, with tensors of one number each.
+        tensors = [t if t is None else t.new_empty((), device="cpu").expand(t.shape) for t in tensors]
+        found = explained(spec, *tensors, target=target, backward=backward, kernels=kernels)
     if mask_png is not None:
         found.save_mask(mask_png)
     _print(as_json, found.to_dict(), found)
@@ -232,19 +241,12 @@ def inspect_command(
     stage: str | None, out: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """The kernels of a call compiled for a target, which need not be here."""
-    import inspect as signatures
-
     from .inspection import inspect
 
     spec = _masked(spec, mask)
     tensors = _operands(spec, shape, dtype, backward)
     if emit == "mlir":
-        if "emit" not in signatures.signature(inspect).parameters:
-            raise UnsupportedError(
-                "--emit mlir needs the MLIR path (plx.inspect(..., emit='mlir')), which is not in this build."
-            )
-        extra: dict[str, Any] = {"emit": "mlir", "backward": backward}
-        modules = dict(inspect(spec, *tensors, **extra).modules)  # type: ignore[attr-defined]
+        modules = dict(inspect(spec, *tensors, emit="mlir", backward=backward).modules)
         _print(as_json, modules, "\n".join(modules.values()))
         return
     found = inspect(spec, *tensors, target=target, backward=backward)

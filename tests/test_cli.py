@@ -90,6 +90,12 @@ def test_explain() -> None:
     text = run(*arguments).output
     assert "floor of all stages" in text and "queries down" in text
     assert run_json("explain", "LINEAR", "--mask", "causal", "--target", "cpu")["target"] is None
+    decoding = ("explain", "PARALLAX", "--decode", "--shape", "8,32:8,1:8192,128", "--target", "sm_90")
+    (stage,) = run_json(*decoding)["stages"]
+    assert stage["stage"] == "decode_split" and stage["bound"] == "memory bandwidth"
+    (stage,) = run_json(*decoding, "--mask", "window:1024")["stages"]
+    assert stage["floor_seconds"] < 12e-6
+    assert "leave it out with --decode" in run(*decoding, "--kernels", code=2).stderr
 
 
 def test_explain_with_kernels_tells_level_resources_and_advice(tmp_path: Path) -> None:
