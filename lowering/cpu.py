@@ -525,10 +525,9 @@ def conjugate_gradients(
     return x, residual, used.squeeze(-1)
 
 
-def lower(function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
-    """Inline :func:`forward`, :func:`backward` or :func:`solve` in place of the node that Inductor is lowering."""
+def lower(function: Callable[..., Any], arguments: Sequence[Any], stage: str | None = None) -> Any:
+    """Inline :func:`forward`, :func:`backward` or another in place of the node that Inductor is lowering."""
     direction: Direction = "backward" if function is backward else "forward"
-    log_choice(
-        f"core_{function.__name__}", direction, "row chunks", "cpu: chunks of rows over all keys, in a compiled loop"
-    )
+    reason = "cpu: chunks of rows over all keys, in a compiled loop"
+    log_choice(stage or f"core_{function.__name__}", direction, "row chunks", reason)
     return inline_in_lowering(function, arguments)

@@ -205,7 +205,7 @@ def _lower_decode(*arguments: Any) -> Any:
     score, covariance, mask, scale, intercept, save_statistics, options, *buffers = arguments[8:]
     device = query.get_device()
     if device.type == "cpu":
-        return cpu.lower(_on_cpu, arguments)
+        return cpu.lower(_on_cpu, arguments, "decode")
     operands = {"Q": query, "K": key, "V": value, "R": probe, "LENGTHS": lengths, "PAGES": pages}
     operands |= {"KEY_SCALE": key_scale, "VALUE_SCALE": value_scale, **_lists(mask[:4])}
     rows = _Rows(

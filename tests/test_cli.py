@@ -254,8 +254,9 @@ def test_what_has_no_plan_or_candidate_is_logged_too(caplog: pytest.LogCaptureFi
     with caplog.at_level("INFO", logger="parallax_compile"), torch.no_grad():
         generate(lambda q, k, v: plx.attention(q, k, v), [rows, keys, keys], target="sm_90", backward=False)
         generate(lambda *qkvr: plx.attention(*qkvr, spec=causal_sums), [cpu] * 4, target="sm_90", backward=False)
-        torch.compile(lambda q: plx.attention(q, q, q))(on_cpu)
+        torch.compile(lambda q: plx.attention(q, q, q) + plx.decode(q, q, q, cache_seqlens=64))(on_cpu)
     for said in (
+        "decode: forward, row chunks",
         "decode_split: forward, split keys",
         "scan_product: forward, chunked scan",
         "core_forward: forward, row chunks",
