@@ -20,13 +20,12 @@ from . import validation
 from .attention import attention
 from .errors import InputError, InputTypeError, UnsupportedError
 from .lowering import tuned
+from .lowering.space import EFFORTS
 from .lowering.store import Entry, Store
 from .shapes import Shape, dtype_of
 from .spec import AttentionSpec
 
 __all__ = ["TunedStage", "TuningReport", "autotune"]
-
-_EFFORTS = ("quick", "normal", "full")  # in the order of how much they try
 
 
 @dataclass(frozen=True)
@@ -171,8 +170,8 @@ def autotune(
     from .lowering.targets import resolve
 
     validation.check_spec(spec)
-    if effort not in _EFFORTS:
-        raise InputError(f"effort must be one of {', '.join(_EFFORTS)}, but got {effort!r}.")
+    if effort not in EFFORTS:
+        raise InputError(f"effort must be one of {', '.join(EFFORTS)}, but got {effort!r}.")
     _check_options(store, measures, workers)
     for name, flag in (("backward", backward), ("again", again)):
         validation.check_flag(name, flag)
@@ -240,7 +239,7 @@ def _one(
     """Tune one shape; the stages that the call has."""
     from .lowering.candidates import stages
     from .lowering.search import Search
-    from .lowering.space import EFFORTS, explore
+    from .lowering.space import explore
 
     def call(*tensors: Tensor) -> Tensor:
         return attention(*tensors, spec=spec, enable_gqa=True)
@@ -252,7 +251,7 @@ def _one(
 
     show(f"{shape} {_name(dtype)}: tracing", 0, 1)
     has_probe = spec.probe.kind != "zero"
-    limit = EFFORTS[effort]
+    limit = EFFORTS[effort].candidates
     spaces = {
         # Some that are offered do not fit the mask's blocks or the tensors' layout.
         stage: explore(stage, shape.width, shape.value_width, dtype.itemsize, has_probe, target)[: limit and 2 * limit]
@@ -290,12 +289,9 @@ def _one(
 
 def _enough(entry: Entry, effort: str, tested: bool) -> bool:
     """Whether a search of this effort has nothing to add to an entry."""
-    done = entry.result.get("effort")
-    return (
-        done in _EFFORTS
-        and _EFFORTS.index(done) >= _EFFORTS.index(effort)
-        and (bool(entry.provenance.get("tested")) or not tested)
-    )
+    done, names = entry.result.get("effort"), list(EFFORTS)
+    tested = bool(entry.provenance.get("tested")) or not tested
+    return done in names and names.index(done) >= names.index(effort) and tested
 
 
 def _stage(item: Any, shape: Shape, dtype: torch.dtype, tested: bool) -> TunedStage:

@@ -18,9 +18,9 @@ from .block_masks import own_lists
 from .errors import InputError, InputTypeError, UnsupportedError
 from .lowering.plan_solve import WIDEST_DIRECT
 from .lowering.plan_split import ONLY_OF_THE_CORE
-from .lowering.scan import State
 from .lowering.torch_compat_errors import check_arity, raise_input
 from .spec import AttentionSpec
+from .states import check_parts
 
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 MAX_WIDTH = 256
@@ -255,30 +255,8 @@ def check_state(state: Any, spec: AttentionSpec, query: Tensor, key: Tensor, val
             "covariance_mod; and "
             f"equal lengths under a causal mask (got {query.size(2)} and {key.size(2)}).",
         )
-    if state is None:
-        return
-    if not isinstance(state, State):
-        raise_input(InputTypeError, f"initial_state must be a plx.State or None, but got {type(state).__name__}.")
-    heads = (key.size(0), key.size(1))
-    width, value_width = key.size(3), value.size(3)
-    shapes = {"count": (key.size(0),), "value_sum": (*heads, value_width)}
-    if spec.probe.kind != "zero":
-        shapes["key_sum"], shapes["key_value"] = (*heads, width), (*heads, width, value_width)
-    if spec.probe.kind in ("gradient", "solved"):
-        shapes["key_key"] = (*heads, width, width)
-    for name, shape in shapes.items():
-        part = getattr(state, name)
-        if not isinstance(part, Tensor):
-            raise_input(
-                InputError,
-                f"initial_state.{name} must be a tensor {shape} for this spec, but got {type(part).__name__}.",
-            )
-        if tuple(part.shape) != shape:
-            raise_input(InputError, f"initial_state.{name} must have shape {shape}, but got {tuple(part.shape)}.")
-        if part.device != key.device:
-            raise_input(
-                InputError, f"initial_state.{name} must be on query's device {key.device}, but got {part.device}."
-            )
+    if state is not None:
+        check_parts("initial_state", state, spec, key, value)
 
 
 def check_kernel_options(options: Any) -> None:

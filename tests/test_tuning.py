@@ -188,7 +188,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
 
     monkeypatch.setattr(compile_pool, "compiled", compiled)
     for effort, count in (("quick", 7), ("normal", 9)):
-        monkeypatch.setitem(EFFORTS, effort, count)
+        monkeypatch.setitem(EFFORTS, effort, EFFORTS[effort]._replace(candidates=count))
     with tuned.using(Store(tmp_path / "store")) as store:
         yield store
 
@@ -210,7 +210,7 @@ def test_a_winner_is_kept_and_taken_by_the_next_call(store: Store) -> None:
     report = tune(MadeUp(lambda candidate: 0.5 if candidate == picked else 1.0))
     (stage,) = report.stages
     assert (stage.candidate, stage.speedup, report.saved) == (dataclasses.asdict(picked), 2.0, True)
-    assert stage.tried <= EFFORTS["quick"] and stage.failed["out of shared memory"] >= 1  # type: ignore[operator]
+    assert stage.tried <= EFFORTS["quick"].candidates and stage.failed["out of shared memory"] >= 1  # type: ignore[operator]
     text = str(report)
     assert "core_forward" in text and "2.000" in text and "out of shared memory" in text
     inputs = Shape.of(SHAPE).tensors(CAUSAL, torch.bfloat16)
@@ -226,7 +226,7 @@ def test_a_second_run_keeps_what_the_first_found_and_more_effort_or_again_search
     tune(MadeUp(lambda candidate: 1.0))
     second = MadeUp(lambda candidate: 1.0)
     assert [stage.note for stage in tune(second).stages] == ["kept from the store"] and not second.loaded
-    assert tune(second, effort="normal").stages[0].tried > EFFORTS["quick"]  # type: ignore[operator]
+    assert tune(second, effort="normal").stages[0].tried > EFFORTS["quick"].candidates  # type: ignore[operator]
     assert tune(second, again=True).stages[0].tried > 0
 
 
