@@ -138,7 +138,6 @@ class Search:
         """The best candidate of one use of a stage; on an interrupt, the best so far (``complete`` is False)."""
         found = Found(instance)
         trials = list(instance.trials[: self._limit])
-        found.tried = len(trials)
         with _interruptible(found):
             compiled = self._compile(trials, pool, found, on_event)
             if not compiled:
@@ -165,7 +164,7 @@ class Search:
         done, start = 0, time.perf_counter()
         on_event("compile", 0, len(trials))
         for trial, answer in pool.compile((trial, trial.name, trial.source) for trial in trials):
-            done += 1
+            found.tried = done = done + 1
             on_event("compile", done, len(trials))
             if "error" in answer:
                 found.failed[answer["cause"]] += 1

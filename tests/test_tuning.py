@@ -267,6 +267,23 @@ def test_an_interrupt_keeps_what_was_found_and_the_next_run_goes_on(
     assert notes == {"core_forward": "kept from the store", "core_backward_query": "", "core_backward_key": ""}
 
 
+def test_an_interrupt_while_compiling_counts_what_was_compiled(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fine, asked = compile_pool.compiled, iter(range(100))
+
+    def compiled(request: dict[str, Any]) -> dict[str, Any]:
+        if next(asked) == 3:
+            raise KeyboardInterrupt
+        return fine(request)
+
+    monkeypatch.setattr(compile_pool, "compiled", compiled)
+    with pytest.raises(KeyboardInterrupt):
+        tune(MadeUp(lambda candidate: 1.0))
+    row = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("core_forward"))
+    assert row.split()[-3] == "3" and row.endswith("interrupted")  # tried, failed, note
+
+
 def test_wrong_arguments_are_named() -> None:
     with pytest.raises(InputError, match="effort must be one of"):
         tune(None, effort="much")
