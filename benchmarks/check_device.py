@@ -71,6 +71,18 @@ def _bias(captured: dict[str, Tensor]) -> Any:
     return lambda s, b, h, q, k: s + captured["slope"][h] * (q - k) * 0.02
 
 
+def _alibi(captured: dict[str, Tensor]) -> Any:
+    return plx.mods.alibi(8)
+
+
+def _cap(captured: dict[str, Tensor]) -> Any:
+    return plx.mods.tanh_cap(20.0, approx=True)
+
+
+def _half(captured: dict[str, Tensor]) -> Any:
+    return plx.mods.scale_by(0.5)
+
+
 def cases(quick: bool) -> list[Case]:
     """The matrix: shapes, dtypes, members, masks, mods, layouts."""
     causal = plx.masks.causal()
@@ -106,9 +118,9 @@ def cases(quick: bool) -> list[Case]:
         Case("only probe", requires_grad=(False, False, False, True)),
         Case("dynamic lengths", mask=causal, q_length=333, kv_length=333, dynamic=True),
     ]  # fmt: skip
-    specialized = {"fwd_WARP_SPECIALIZED": True}
     found += [
-        replace(case, name=f"specialised, {case.name}", options=specialized)
+        # float16 has no specialised backward.
+        replace(case, name=f"specialised, {case.name}", options={"fwd_" * (case.dtype == "fp16") + "WARP_SPECIALIZED": True})
         for case in (
             Case("causal"),
             Case("causal D=128 L=1000", mask=causal, width=128, q_length=1000, kv_length=1000),
@@ -123,11 +135,16 @@ def cases(quick: bool) -> list[Case]:
             Case("keys offset 10 sigma D=128", mask=causal, key_offset=10.0, width=128),
             Case("dynamic lengths", mask=causal, q_length=333, kv_length=333, dynamic=True),
             Case("documents", spec=plx.SOFTMAX, mask=documents, width=128, q_length=1000, kv_length=1000),
+            Case("mods", mask=causal, score=_alibi, covariance=_cap, q_length=777, kv_length=777),
+            Case("mods D=128 GQA", mask=causal, score=_alibi, covariance=_cap, q_heads=8, kv_heads=2, width=128,
+                 q_length=515, kv_length=515),
+            Case("other mods D=128", score=_cap, covariance=_half, width=128, q_length=300, kv_length=300),
+            Case("softmax, capped", spec=plx.SOFTMAX, mask=causal, score=_cap, width=128),
         )
     ]
     # Where the default is the specialised kernel.
     found += [
-        replace(case, name=f"Triton, {case.name}", options={"fwd_WARP_SPECIALIZED": False})
+        replace(case, name=f"Triton, {case.name}", options={"WARP_SPECIALIZED": False})
         for case in (
             Case("causal", mask=causal, q_length=1500, kv_length=1500),
             Case("softmax D=128", spec=plx.SOFTMAX, mask=causal, width=128, q_length=1111, kv_length=1111),

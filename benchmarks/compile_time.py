@@ -3,7 +3,8 @@
     python benchmarks/compile_time.py [--json PATH] [--device cpu] [--length 2048] [--rounds 1]
 
 Each measurement is a process of its own. "cold" begins with empty caches of Inductor and Triton; "warm" is the next process
-with the same caches. "start" is a compiled function that doubles a tensor, with warm caches: what torch itself takes.
+with the same caches. "start" is a compiled function that doubles a tensor: what torch itself takes. The record also holds what
+torch's caches said and where the time went, by torch's own clocks (seconds; phases lie within one another).
 """
 
 from __future__ import annotations
@@ -18,11 +19,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+# torch's counters of what came out of its caches; "static_autotuner": kernels that were loaded without Triton's compiler.
+COUNTERS = {
+    "aot_autograd": ("autograd_cache_hit", "autograd_cache_miss", "autograd_cache_bypass"),
+    "inductor": (
+        "fxgraph_cache_hit", "fxgraph_cache_miss", "fxgraph_cache_bypass", "triton_bundler_load_static_autotuner",
+        "async_compile_cache_miss",
+    ),
+}  # fmt: skip
 CONTENDERS = ("start", "parallax, ours", "softmax, ours", "softmax, flex_attention")
 
 
-def child(contender: str, device: str, length: int) -> dict[str, float]:
-    """Seconds of one process: imports, and the first forward and backward of a layer."""
+def child(contender: str, device: str, length: int) -> dict[str, Any]:
+    """Seconds of one process: imports, and the first forward and backward of a layer; what the caches said, and the phases."""
     start = time.perf_counter()
     import torch
     from torch import nn
@@ -66,10 +75,22 @@ def child(contender: str, device: str, length: int) -> dict[str, float]:
         torch.compile(layer, fullgraph=True)(x, block_mask).sum().backward()
     if device == "cuda":
         torch.cuda.synchronize()
-    return {"import_torch": imported, "import_ours": ours, "first_call": time.perf_counter() - start}
+    first_call = time.perf_counter() - start
+    from torch._dynamo.utils import compilation_time_metrics, counters
+
+    phases = {name: sum(times) for name, times in compilation_time_metrics.items() if sum(times) >= 0.05}
+    return {
+        "import_torch": imported,
+        "import_ours": ours,
+        "first_call": first_call,
+        "caches": {
+            name: counters[group][name] for group in COUNTERS for name in COUNTERS[group] if counters[group][name]
+        },
+        "phases": {name: round(seconds, 2) for name, seconds in phases.items()},
+    }
 
 
-def measured(contender: str, arguments: argparse.Namespace, caches: Path) -> dict[str, float]:
+def measured(contender: str, arguments: argparse.Namespace, caches: Path) -> dict[str, Any]:
     command = [
         sys.executable,
         __file__,
@@ -107,9 +128,9 @@ def main() -> None:
     from tabulate import tabulate
 
     arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    found: dict[str, dict[str, dict[str, Any]]] = {}
     for contender in arguments.contender:
-        rounds: list[dict[str, dict[str, float]]] = []
+        rounds: list[dict[str, dict[str, Any]]] = []
         for _ in range(arguments.rounds):
             with tempfile.TemporaryDirectory() as caches:
                 rounds.append({state: measured(contender, arguments, Path(caches)) for state in ("cold", "warm")})

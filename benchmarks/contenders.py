@@ -155,8 +155,8 @@ def _fla(case: Case, device: str) -> Call:
     return lambda q, k, v, r: parallel_parallax(*(x.transpose(1, 2) for x in (q, r, k, v))).transpose(1, 2)
 
 
-SPECIALIZED, TRITON = {"fwd_WARP_SPECIALIZED": True}, {"fwd_WARP_SPECIALIZED": False}
-"""The two kernels of the forward on Hopper: what our default chooses between."""
+SPECIALIZED, TRITON = {"WARP_SPECIALIZED": True}, {"WARP_SPECIALIZED": False}
+"""The two kernels of each stage on Hopper: what our default chooses between."""
 
 CONTENDERS = (
     Contender("parallax, ours", "parallax", _ours(plx.PARALLAX), plain_only=False, on_cpu=True),

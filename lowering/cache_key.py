@@ -6,12 +6,13 @@ import hashlib
 from pathlib import Path
 
 from .. import templates
+from ..version import __version__
 from . import tuned
 from .torch_compat_errors import settled_when_traced
 
 
 def _digest() -> str:
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(__version__.encode())
     for text in templates.texts():
         digest.update(text)
     folder = Path(__file__).parent
@@ -21,7 +22,7 @@ def _digest() -> str:
 
 
 CACHE_SALT = _digest()
-"""Digest of every template and of the lowering that fills them.
+"""Digest of the package's version, of every template and of the lowering that fills them.
 
 Torch's caches key a graph by its operators and their arguments; our texts are neither, so a changed template would be
 served old code. This travels among the operator's arguments."""

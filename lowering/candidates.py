@@ -190,13 +190,21 @@ _TABLE_WITHOUT_PROBE: dict[tuple[str, bool, int], _Row] = {
     ),
 }
 
-# (stage, has a probe, padded width up to) -> warp-specialised candidates, best first: BLOCK_N, stages, overlap. From
-# throwaway kernels on an H100 (benchmarks/NOTES.md).
+# (stage, has a probe, padded width up to) -> warp-specialised candidates, best first: rows of a streamed tile, stages, overlap.
+# The forward's are from throwaway kernels on an H100 (benchmarks/NOTES.md).
 _SPECIALIZED_TABLE: dict[tuple[str, bool, int], tuple[tuple[int, int, bool], ...]] = {
     ("core_forward", True, 64): ((64, 4, True), (128, 3, False)),
     ("core_forward", True, 128): ((64, 3, False),),
     ("core_forward", False, 64): ((128, 3, False), (128, 3, True)),
     ("core_forward", False, 128): ((128, 2, False), (128, 2, True)),
+    ("core_backward_query", True, 64): ((64, 4, False),),
+    ("core_backward_query", True, 128): ((64, 3, False),),
+    ("core_backward_query", False, 64): ((128, 3, False), (64, 4, False)),
+    ("core_backward_query", False, 128): ((64, 4, False),),
+    ("core_backward_key", True, 64): ((64, 4, False),),
+    ("core_backward_key", True, 128): ((64, 3, False), (64, 2, False)),
+    ("core_backward_key", False, 64): ((64, 4, False),),
+    ("core_backward_key", False, 128): ((64, 4, False), (64, 3, False)),
 }
 
 # float32 on the tensor cores.
@@ -228,11 +236,18 @@ _OPTION_FIELDS = {
     "WARP_SPECIALIZED": "specialized",
 }
 
-SPECIALIZED_STAGES = ("core_forward",)
-"""Stages that have a warp-specialised kernel beside Triton's."""
+SPECIALIZED_STAGES: dict[str, Literal["block_m", "block_n"]] = {
+    "core_forward": "block_m",
+    "core_backward_query": "block_m",
+    "core_backward_key": "block_n",
+}
+"""Stages that have a warp-specialised kernel beside Triton's -> the rows of the tile that stays with a group of four warps."""
 
 SPECIALIZED_GROUPS = 2
-"""Groups of four warps that share the key and value tiles of a warp-specialised kernel; each has ``block_m`` rows."""
+"""Groups of four warps that share the streamed tiles of a warp-specialised kernel; each has a tile of its own that stays."""
+
+SPECIALIZED_ROWS = 64
+"""Rows of the tile that stays with a group."""
 
 
 def padded(width: int) -> int:
@@ -245,9 +260,12 @@ def shared_memory(stage: str, candidate: Candidate, width: int, value_width: int
     d, dv, bm, bn = padded(width), padded(value_width), candidate.block_m, candidate.block_n
     query_side = d * (1 + row_tiles)
     if candidate.specialized:
-        # No scores in shared memory, but what the epilogue turns into whole rows, and barriers.
-        rows = SPECIALIZED_GROUPS * bm
-        return itemsize * (rows * (query_side + dv) + bn * (d + dv) * candidate.num_stages) + 1024
+        # No scores in shared memory, but barriers, the key backward's row terms, and what the forward's epilogue turns into rows.
+        if SPECIALIZED_STAGES[stage] == "block_n":
+            stay, stream, terms = bn * (d + dv), bm * (query_side + dv), 4 * 4 * bm
+        else:
+            stay, stream, terms = bm * (query_side + dv), bn * (d + dv), 0
+        return (itemsize * stream + terms) * candidate.num_stages + itemsize * SPECIALIZED_GROUPS * stay + 1024
     if stage == "core_forward":
         stay, stream = bm * query_side, bn * (d + dv)
     elif stage == "core_solve":
@@ -372,9 +390,17 @@ def _holds_matrices(row: tuple[int, ...], width: int) -> bool:
 
 def specialized_table(stage: str, width: int, value_width: int, probe: bool) -> list[Candidate]:
     """A stage's warp-specialised candidates, best first, taken where they are asked for or were measured to be best."""
+    stays = SPECIALIZED_STAGES.get(stage)
     return [
-        Candidate(64, block_n, 4, stages, tma=True, specialized=True, overlap=overlap)
-        for block_n, stages, overlap in _SPECIALIZED_TABLE.get((stage, probe, _row(width, value_width)), ())
+        Candidate(
+            *((SPECIALIZED_ROWS, streamed) if stays == "block_m" else (streamed, SPECIALIZED_ROWS)),
+            4,
+            stages,
+            tma=True,
+            specialized=True,
+            overlap=overlap,
+        )
+        for streamed, stages, overlap in _SPECIALIZED_TABLE.get((stage, probe, _row(width, value_width)), ())
     ]
 
 
@@ -407,11 +433,13 @@ def _check_specialized(stage: str, possible: bool, forced: Mapping[str, Any]) ->
     if not possible:
         raise InputError(
             f"kernel_options[WARP_SPECIALIZED] of {stage} needs a Hopper GPU (capability 9.x), a Triton with Gluon, "
-            "the forward of bfloat16 (without a probe also float16) inputs of widths up to 128 with contiguous rows at "
-            "multiples of 16 bytes, a positive scale, no score_mod or covariance_mod, a mask that only compares indices "
-            "and captured tensors, and mask blocks of whole 128 rows. Leave it out."
+            "bfloat16 inputs (of a forward without a probe also float16) of widths up to 128 with contiguous rows at "
+            "multiples of 16 bytes, a positive scale, no score_mod or covariance_mod, no solved probe in the backward, all "
+            "gradients that a backward stage computes, a mask that only compares indices and captured tensors, and mask "
+            "blocks of whole 128 rows. Leave it out."
         )
-    for name, value in (("BLOCK_M", 64), ("num_warps", 4), ("USE_TMA", True), ("HELD_TILES", 0)):
+    rows = SPECIALIZED_STAGES[stage].upper()
+    for name, value in ((rows, SPECIALIZED_ROWS), ("num_warps", 4), ("USE_TMA", True), ("HELD_TILES", 0)):
         got = forced.get(_OPTION_FIELDS[name], value)
         if got != value:
             raise InputError(f"kernel_options[{name}] of a warp-specialised {stage} must be {value}, but got {got}.")

@@ -11,7 +11,7 @@ import torch
 
 from .. import templates
 from . import cpu, elementwise, inductor_decode  # noqa: F401  (elementwise registers its lowerings)
-from .candidates import SPECIALIZED_GROUPS, SPECIALIZED_STAGES, padded
+from .candidates import SPECIALIZED_GROUPS, SPECIALIZED_ROWS, SPECIALIZED_STAGES, padded
 from .inductor_shared import (
     LN2,
     LOG2E,
@@ -66,7 +66,9 @@ _TEMPLATES = {
         ("core_forward", _tiles_of_rows),
         ("core_forward" + _SPECIALIZED, _persistent),
         ("core_backward_query", _tiles_of_rows),
+        ("core_backward_query" + _SPECIALIZED, _persistent),
         ("core_backward_key", _tiles_of_keys),
+        ("core_backward_key" + _SPECIALIZED, _persistent),
         ("core_solve", _tiles_of_rows),
         ("core_solve_direct", _tiles_of_rows),
     )
@@ -216,21 +218,33 @@ def _zeros_like(node: Any) -> torch.Tensor:
 _STREAMED = ("Q", "K", "V", "R", "R_LOW", "ADJOINT", "ADJOINT_LOW", "GRAD_OUT")
 
 
-def _specialized_possible(stage: str, call: _Call, problem: Problem) -> bool:
+def _specialized_possible(stage: str, call: _Call, problem: Problem, switches: dict[str, Any]) -> bool:
     """Whether a warp-specialised kernel can compute the stage: see the head of its template."""
     blocks = call.block_mask
+    rows = blocks.kv_block if SPECIALIZED_STAGES.get(stage) == "block_n" else blocks.q_block
+    wanted = {name for name, value in switches.items() if name.startswith("NEEDS_") and value}
+    whole = {"core_backward_query": {"NEEDS_QUERY"}, "core_backward_key": {"NEEDS_KEY", "NEEDS_VALUE"}}.get(stage, set())
     return (
         stage in SPECIALIZED_STAGES
         and has_gluon()
         and torch.cuda.get_device_capability(call.device)[0] == 9
-        and problem.dtype in ("bfloat16",) + ("float16",) * (not problem.has_probe)
+        and problem.dtype in ("bfloat16",) + ("float16",) * (stage == "core_forward" and not problem.has_probe)
         and call.probe_low is None
-        and not problem.score_mod
-        and not (problem.has_probe and problem.covariance_mod)
+        and call.adjoint is None
+        and wanted == whole | ({"NEEDS_PROBE"} if stage == "core_backward_query" and problem.has_probe else set())
+        and all(map(_fits_in_registers, (call.score_mod, call.covariance_mod)))
         and call.scale > 0
         and (not problem.mask or is_elementary(blocks.mask_mod.graph_module))
-        and not (call.block_sparse and blocks.q_block % (SPECIALIZED_GROUPS * 64))
+        and not (call.block_sparse and rows % (SPECIALIZED_GROUPS * SPECIALIZED_ROWS))
     )
+
+
+_LARGEST_SLOPE = 1024.0
+"""What a warp-specialised backward keeps in float16 beside a weight: ends at 65504."""
+
+
+def _fits_in_registers(mod: Mod) -> bool:
+    return mod.elementary and not mod.mutated and mod.largest_slope <= _LARGEST_SLOPE
 
 
 def _head_group(problem: Problem) -> int:
@@ -312,7 +326,7 @@ def _instantiate(
         row_tiles=len(call.row_tiles),
         shared_memory_limit=shared_memory_limit(call.device),
         tma=tma_possible(call.device, [inputs[name] for name in _STREAMED if name in inputs]),
-        specialized=_specialized_possible(stage, call, problem),
+        specialized=_specialized_possible(stage, call, problem, switches),
         tensor_memory=torch.cuda.get_device_capability(call.device)[0] == 10,
         options=call.options,
         **sparse_sizes,
@@ -328,7 +342,13 @@ def _instantiate(
         inputs = inputs | {"COUNTER": realized([counter])[0]}
         mutated = [*mutated, inputs["COUNTER"]]
     nodes = [*inputs.values(), *lists]
-    specialized = {"PROGRAMS": _multiprocessors(call.device), "HEAD_GROUP": _head_group(problem)}
+    specialized = {
+        "PROGRAMS": _multiprocessors(call.device),
+        "HEAD_GROUP": _head_group(problem),
+        # Whether the derivative of a mod is something else than 1.
+        "SCORE_SLOPE": problem.score_mod and not call.score_mod.additive,
+        "COVARIANCE_SLOPE": problem.has_probe and problem.covariance_mod and not call.covariance_mod.additive,
+    }
     choices: list[Any] = []
     for candidate in found:
         error = _TEMPLATES[stage + _SPECIALIZED * candidate.specialized].maybe_append_choice(
@@ -451,8 +471,8 @@ def _core_backward_query(call: _Call, plan: Plan, layouts: list[Any], statistics
             "NEEDS_QUERY": need_query,
             "NEEDS_PROBE": need_probe,
             # A mod's derivative lies between the known sums and what is rounded: there the rounding alone is settled.
-            "KNOWN_QUERY_SUM": not problem.score_mod,
-            "KNOWN_PROBE_SUM": problem.intercept and not problem.covariance_mod,
+            "KNOWN_QUERY_SUM": not problem.score_mod or call.score_mod.additive,
+            "KNOWN_PROBE_SUM": problem.intercept and (not problem.covariance_mod or call.covariance_mod.additive),
             "HAS_QUERY_SUM": "QUERY_SUM" in inputs,
             "HAS_PROBE_SUM": "PROBE_SUM" in inputs,
         },

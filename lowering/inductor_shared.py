@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .mod_graphs import digest, is_identity
+from .mod_graphs import digest, is_additive, is_elementary, is_identity, largest_slope
 from .torch_compat_inductor import inductor
 
 LOG2E = 1.4426950408889634
@@ -17,13 +18,22 @@ LN2 = 0.6931471805599453
 
 @dataclass
 class Mod:
-    """A mod as the templates take it: its inlined value, its captured tensors, and in the backward its joint graph."""
+    """A mod as the templates take it: its inlined value, its captured tensors, and in the backward its joint graph.
+
+    Attributes:
+        elementary: whether it, and its joint graph, do arithmetic only (:func:`.mod_graphs.is_elementary`).
+        additive: whether it only adds to its score; known in the backward.
+        largest_slope: bound on how fast it grows with its score; known in the backward.
+    """
 
     value: Any
     buffers: list[Any]
     identity: bool
     joint: Any = None
     digest: str = ""
+    elementary: bool = True
+    additive: bool = True
+    largest_slope: float = 1.0
 
     @property
     def grad(self) -> Any:
@@ -65,7 +75,8 @@ def forward_mod(graph: Any, buffers: Sequence[Any], device: torch.device) -> Mod
     """A score mod's value."""
     traced = graph.graph_module
     value = inline(graph, buffers, device, score=True)
-    return Mod(value, realized(buffers), is_identity(traced), digest=digest(traced))
+    identity, elementary = is_identity(traced), is_elementary(traced, score=True)
+    return Mod(value, realized(buffers), identity, digest=digest(traced), elementary=elementary)
 
 
 def backward_mod(graph: Any, joint: Any, buffers: Sequence[Any], device: torch.device) -> Mod:
@@ -77,6 +88,9 @@ def backward_mod(graph: Any, joint: Any, buffers: Sequence[Any], device: torch.d
     outputs = inductor.build_subgraph_buffer(inputs + list(buffers), joint)
     inductor.freeze_irnodes(outputs)
     mod.joint = inductor.process_joint_outputs(outputs, len(inputs))
+    mod.elementary = mod.elementary and is_elementary(joint.graph_module, score=True)
+    mod.additive = is_additive(joint.graph_module)
+    mod.largest_slope = largest_slope(joint.graph_module) if mod.elementary else math.inf
     return mod
 
 

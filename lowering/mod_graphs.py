@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Any
 
 import torch
@@ -44,13 +45,63 @@ _LOGIC = (
     "logical_not",
 )
 _ARITHMETIC = ("add", "sub", "mul", "index")
+_OF_SCORES = ("div", "neg", "exp2", "tanh_approx")
 
 
-def is_elementary(graph: torch.fx.GraphModule) -> bool:
-    """Whether a mask only adds, compares and combines its indices and captured tensors read at them."""
-    known = {*_COMPARISONS, *_LOGIC, *_ARITHMETIC}
+def is_elementary(graph: torch.fx.GraphModule, *, score: bool = False) -> bool:
+    """Whether a mask only adds, compares and combines its indices and captured tensors read at them.
+
+    Of a score mod (``score``), or of its joint graph: whether all it does is arithmetic.
+    """
+    known = {*_ARITHMETIC, *(_OF_SCORES if score else (*_COMPARISONS, *_LOGIC))}
     calls = [node.target for node in graph.graph.nodes if node.op == "call_function"]
     return all(isinstance(call, torch._ops.OpOverload) and call.overloadpacket.__name__ in known for call in calls)
+
+
+def largest_slope(joint: torch.fx.GraphModule) -> float:
+    """A bound on how fast an elementary mod grows with its score, from its joint graph by interval arithmetic; maybe inf."""
+    whole = (-math.inf, math.inf)
+    found: dict[Any, tuple[float, float]] = {}
+
+    def interval(value: Any) -> tuple[float, float]:
+        return found[value] if isinstance(value, torch.fx.Node) else (float(value), float(value))
+
+    def product(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
+        corners = [x * y if x and y else 0.0 for x in a for y in b]  # 0 times inf: nothing is infinite itself
+        return min(corners), max(corners)
+
+    nodes = list(joint.graph.nodes)
+    placeholders = [node for node in nodes if node.op == "placeholder"]
+    for node in nodes:
+        if node.op == "placeholder":
+            found[node] = (1.0, 1.0) if node is placeholders[_GRAD_OF_SCORE] else whole
+        elif node.op == "call_function":
+            name, scale = node.target.overloadpacket.__name__, float(node.kwargs.get("alpha", 1.0))
+            a, *others = map(interval, node.args[: 1 if name in ("index", "neg", "exp2", "tanh_approx") else 2])
+            if name in ("add", "sub"):
+                b = product(others[0], (scale, scale) if name == "add" else (-scale, -scale))
+                found[node] = (a[0] + b[0], a[1] + b[1])
+            elif name == "mul":
+                found[node] = product(a, others[0])
+            elif name == "div" and others[0][0] == others[0][1] != 0:
+                found[node] = product(a, (1 / others[0][0], 1 / others[0][0]))
+            elif name == "tanh_approx":
+                found[node] = (-1.0, 1.0)
+            else:
+                found[node] = (-a[1], -a[0]) if name == "neg" else whole
+    (outputs,) = nodes[-1].args
+    return max(map(abs, interval(outputs[0])))
+
+
+def is_additive(joint: torch.fx.GraphModule) -> bool:
+    """Whether a mod only adds to its score: its derivative, as the joint graph has it, is 1."""
+    nodes = list(joint.graph.nodes)
+    (outputs,) = nodes[-1].args
+    return outputs[0] is [node for node in nodes if node.op == "placeholder"][_GRAD_OF_SCORE]
+
+
+_GRAD_OF_SCORE = 5
+"""Which argument of a joint graph is the gradient of the mod's value: after score, b, h, m and n."""
 
 
 def differentiated_buffers(joint: torch.fx.GraphModule) -> tuple[bool, ...]:

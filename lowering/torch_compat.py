@@ -12,6 +12,7 @@ by feature (a signature, an attribute), never by version number.
 | :mod:`.torch_compat_errors` | user errors that read the same compiled or not |
 | :mod:`.torch_compat_inductor` | the parts of Inductor that a lowering needs |
 | :mod:`.torch_compat_inlining` | plain torch code lowered in a node's place |
+| :mod:`.torch_compat_launch` | how a generated kernel is launched from its cubin |
 | :mod:`.torch_compat_gluon` | Gluon kernels through Inductor |
 | :mod:`.torch_compat_calls` | torch's own attention calls, taken apart |
 | :mod:`.torch_compat_codegen` | Inductor under a pretended GPU; has a list of its own |
@@ -115,7 +116,16 @@ FENCED: dict[str, tuple[str, ...]] = {
     "torch._inductor.select_algorithm:TritonTemplate._template_from_string": ("source",),
     "torch._inductor.select_algorithm:TritonTemplateKernel.jit_lines": (),
     "torch._inductor.select_algorithm:TritonTemplateKernel.modification": (),
+    "torch._inductor.runtime.static_triton_launcher:StaticallyLaunchedCudaKernel.__init__": ("kernel",),
+    "torch._inductor.runtime.static_triton_launcher:StaticallyLaunchedCudaKernel.load_kernel": ("device",),
+    "torch._inductor.runtime.static_triton_launcher:StaticallyLaunchedCudaKernel.run": (
+        "grid_x",
+        "grid_y",
+        "grid_z",
+        "stream",
+    ),
     "torch._inductor.runtime.triton_heuristics:ASTSource": (),
+    "torch._inductor.runtime.triton_heuristics:statically_launched_kernel_by_device": ("kernel", "device_type"),
     "torch._inductor.select_algorithm:autotune_select_algorithm": (
         "name",
         "choices",

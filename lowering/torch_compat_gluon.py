@@ -22,6 +22,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 compile_gluon()
 """
+# What Triton's language and Gluon's call differently.
+_NAMES = {"libdevice.exp2(": "gl.exp2(", "tl.inline_asm_elementwise(": "gl.inline_asm_elementwise("}
 _ONE_ELEMENT = re.compile(r"tl\.full\(\[1\], (.+?), tl\.\w+\)")
 
 
@@ -35,7 +37,10 @@ def gluon_template(template: Any) -> Any:
 
         def modification(self, *arguments: Any, **named: Any) -> str:
             # Inductor writes a constant as a tensor of one element, which has no layout in Gluon.
-            return _ONE_ELEMENT.sub(r"\1", super().modification(*arguments, **named))
+            text = _ONE_ELEMENT.sub(r"\1", super().modification(*arguments, **named))
+            for triton, gluon in _NAMES.items():
+                text = text.replace(triton, gluon)
+            return text
 
     return type("GluonTemplate", (template,), {"kernel_type": GluonKernel})
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -61,7 +62,7 @@ class _Inductor:
             source: its text.
             gluon: whether the text is Gluon, Triton's language of explicit layouts, and not Triton.
         """
-        template = resolve("torch._inductor.select_algorithm:TritonTemplate")
+        template = _launched_from_cubin(resolve("torch._inductor.select_algorithm:TritonTemplate"))
         if gluon:
             template = gluon_template(template)
         parsed = template._template_from_string
@@ -100,6 +101,25 @@ class _Inductor:
 
 
 inductor = _Inductor()
+
+
+_LAUNCH_IMPORTS = """\
+from parallax_compile.lowering.torch_compat_launch import launch_from_cubin
+launch_from_cubin()
+"""
+
+
+def _launched_from_cubin(template: Any) -> Any:
+    """A subclass of Inductor's ``TritonTemplate`` whose kernels tell the process that compiles them how to launch them.
+
+    It may be one of Inductor's worker processes, which know of this package only through the kernels' text.
+    """
+
+    class Kernel(template.kernel_type):  # type: ignore[name-defined, misc]
+        def jit_lines(self) -> str:
+            return _LAUNCH_IMPORTS + textwrap.dedent(super().jit_lines())
+
+    return type("LaunchedFromCubin", (template,), {"kernel_type": Kernel})
 
 
 class _DeferredText:

@@ -34,7 +34,7 @@ from .errors import InputError
 from .lowering import decode as lowered
 from .lowering import decode_blocks, probes
 from .lowering.append import append
-from .lowering.cache_key import CACHE_SALT
+from .lowering.cache_key import CACHE_SALT, cache_salt
 from .lowering.operator import statistics_dtype
 from .lowering.torch_compat_dynamo import mark_static
 from .lowering.torch_compat_errors import raise_input
@@ -324,7 +324,7 @@ def _probe_stage(call: _Call, cached: _Cached) -> probes.ProbeStage:
         _uniform if call.spec.bandwidth.kind == "infinite" else score_mod,
         block_mask,
         1.0 / math.sqrt(call.query.size(3)) if call.scale is None else float(call.scale),
-        {"cache_salt": CACHE_SALT},
+        {"cache_salt": cache_salt()},
     )
     kind = call.spec.probe
     if isinstance(kind, Gradient):

@@ -23,7 +23,8 @@ def load(name: str) -> str:
         FileNotFoundError: there is no such template.
     """
     shared = next(parts for family, parts in _SHARED.items() if name.startswith(family))
-    return "".join(map(_read, (*shared, name)))
+    specialized = ("specialized_shared",) if name.endswith("_specialized") else ()
+    return "".join(map(_read, (*shared, *specialized, name)))
 
 
 def texts() -> list[bytes]:

@@ -244,7 +244,7 @@ LEAVES = {f"{PACKAGE}.{name}" for name in ("spec", "errors", "reference", "versi
 PRIVATE = tuple(f"torch.{name}" for name in ("_inductor", "_dynamo", "_higher_order_ops", "_functorch", "_subclasses"))
 FENCE = {
     f"{PACKAGE}.lowering.torch_compat_{part}"
-    for part in ("calls", "codegen", "dynamo", "errors", "inductor", "inlining", "operator")
+    for part in ("calls", "codegen", "dynamo", "errors", "inductor", "inlining", "launch", "operator")
 }
 
 

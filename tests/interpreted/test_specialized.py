@@ -16,7 +16,8 @@ import parallax_compile as plx
 pytestmark = pytest.mark.skipif(not interpreter.enabled(), reason="needs TRITON_INTERPRET=1")
 
 SPECS = {"parallax": plx.PARALLAX, "no-intercept": plx.PARALLAX.replace(intercept=False), "softmax": plx.SOFTMAX}
-SPECIALIZED = {"fwd_WARP_SPECIALIZED": True}
+SPECIALIZED = {"WARP_SPECIALIZED": True}
+STAGES = ("core_forward", "core_backward_query", "core_backward_key")
 
 
 @pytest.fixture(autouse=True)
@@ -48,15 +49,15 @@ def compute(function: Any, inputs: list[Tensor], dtype: torch.dtype, grads: bool
 @pytest.mark.parametrize(
     "spec, mask, sizes, grads",
     [
-        ("parallax", "causal", (300, 300, 64, 64), False),  # weights made while products run
-        ("parallax", "window", (130, 264, 80, 48), False),
-        ("no-intercept", "causal", (130, 130, 64, 64), True),
-        ("softmax", "documents", (300, 300, 64, 64), False),
-        ("softmax", "none", (70, 140, 96, 40), False),
+        ("parallax", "causal", (300, 300, 64, 64), True),  # weights made while products run, in the forward
+        ("parallax", "window", (130, 264, 80, 48), True),
+        ("no-intercept", "causal", (130, 130, 128, 128), True),  # weights kept in 16 bits, in the backward
+        ("softmax", "documents", (300, 300, 64, 64), True),
+        ("softmax", "none", (70, 140, 96, 40), True),
         ("parallax", "none", (129, 65, 128, 128), False),
     ],
 )
-def test_the_specialised_forward(spec: str, mask: str, sizes: tuple, grads: bool) -> None:
+def test_the_specialised_kernels(spec: str, mask: str, sizes: tuple, grads: bool) -> None:
     rows, keys = sizes[:2]
     index, other = torch.arange(rows)[:, None], torch.arange(keys)[None, :]
     documents = torch.arange(max(rows, keys)) // 70
@@ -80,9 +81,10 @@ def test_the_specialised_forward(spec: str, mask: str, sizes: tuple, grads: bool
     got = compute(call, inputs, torch.bfloat16, grads)
     for mine, exact, theirs in zip(got, want, rough, strict=True):
         assert relative_error(mine, exact) <= budget(relative_error(theirs, exact), torch.bfloat16)
-    kernel = call.code.stage("core_forward")
-    assert "@gluon.jit" in kernel.source
-    assert kernel.name in call.launches
+    for stage in STAGES if grads else STAGES[:1]:
+        kernel = call.code.stage(stage)
+        assert "@gluon.jit" in kernel.source
+        assert kernel.name in call.launches
 
 
 def test_a_row_without_a_key_and_the_statistics() -> None:
@@ -103,14 +105,28 @@ def test_a_row_without_a_key_and_the_statistics() -> None:
     assert relative_error(out, exact) < 4e-3
 
 
-def test_keys_with_an_offset_of_ten_sigma_cost_no_accuracy() -> None:
-    def error(offset: float) -> float:
-        inputs = operands(True, 128, 128, 64, 64, offset)
-        call = interpreter.interpreted(lambda *x: plx.attention(*x, enable_gqa=True, kernel_options=SPECIALIZED))
-        with torch.no_grad():
-            return relative_error(call(*inputs), plx.attention(*(t.double() for t in inputs), enable_gqa=True))
+def test_a_row_without_a_key_has_no_gradient_and_a_key_without_a_row_neither() -> None:
+    spec = plx.PARALLAX.replace(mask_mod=plx.masks.causal(offset=-70))
+    call = interpreter.interpreted(lambda *x: plx.attention(*x, spec=spec, enable_gqa=True, kernel_options=SPECIALIZED))
+    out, dq, dk, dv, dr = with_gradients(call, leaves(operands(True, 200, 200, 64, 64), torch.bfloat16))
+    assert out.isfinite().all()
+    for grad, rows in ((dq, slice(None, 70)), (dr, slice(None, 70)), (dk, slice(130, None)), (dv, slice(130, None))):
+        assert grad.isfinite().all()
+        assert (grad[:, :, rows] == 0).all()
+        assert (grad.abs().sum(-1) > 0).any()
 
-    assert error(10.0) <= 1.5 * error(0.0)
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_keys_with_an_offset_of_ten_sigma_cost_no_accuracy(width: int) -> None:
+    def errors(offset: float) -> list[float]:
+        inputs = operands(True, 128, 128, width, width, offset)
+        call = interpreter.interpreted(lambda *x: plx.attention(*x, enable_gqa=True, kernel_options=SPECIALIZED))
+        want = with_gradients(lambda *x: plx.attention(*x, enable_gqa=True), leaves(inputs, torch.float64))
+        got = with_gradients(call, leaves(inputs, torch.bfloat16))
+        return [relative_error(mine, exact) for mine, exact in zip(got, want, strict=True)]
+
+    for far, near in zip(errors(10.0), errors(0.0), strict=True):
+        assert far <= 1.5 * near
 
 
 @pytest.mark.parametrize(
@@ -119,7 +135,8 @@ def test_keys_with_an_offset_of_ten_sigma_cost_no_accuracy() -> None:
         ({"score_mod": plx.mods.alibi(num_heads=4)}, "WARP_SPECIALIZED"),
         ({"scale": -1.0}, "WARP_SPECIALIZED"),
         ({"kernel_options": {"fwd_WARP_SPECIALIZED": True, "fwd_BLOCK_M": 128}}, "must be 64"),
-        ({"kernel_options": {"bwd_key_WARP_SPECIALIZED": True}}, "WARP_SPECIALIZED"),
+        ({"kernel_options": {"bwd_key_WARP_SPECIALIZED": True, "bwd_key_BLOCK_N": 32}}, "must be 64"),
+        ({"kernel_options": {"bwd_WARP_SPECIALIZED": True}, "score_mod": plx.mods.tanh_cap(9.0)}, "WARP_SPECIALIZED"),
     ],
 )
 def test_what_it_cannot_compute_raises(change: dict[str, Any], message: str) -> None:
@@ -128,3 +145,15 @@ def test_what_it_cannot_compute_raises(change: dict[str, Any], message: str) -> 
     )
     with pytest.raises(Exception, match=message):
         call(*leaves(operands(False, 64, 64, 32, 32), torch.bfloat16)).sum().backward()
+
+
+@pytest.mark.parametrize("only", ["key", "value", "probe"])
+def test_a_backward_of_one_gradient_is_left_to_triton(only: str) -> None:
+    names = ("query", "key", "value", "probe")
+    inputs = [tensor.requires_grad_(name == only) for tensor, name in zip(operands(True, 64, 64, 32, 32), names, strict=True)]
+    stage = "query" if only == "probe" else "key"
+    call = interpreter.interpreted(
+        lambda *x: plx.attention(*x, enable_gqa=True, kernel_options={f"bwd_{stage}_WARP_SPECIALIZED": True})
+    )
+    with pytest.raises(Exception, match="all gradients that a backward stage computes"):
+        call(*inputs).sum().backward()

@@ -1,0 +1,140 @@
+"""A second process compiles nothing that the first has compiled, and compiles whatever differs (support/compile_caches.py)."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from parallax_compile.lowering import codegen, torch_compat_launch, tuned
+from parallax_compile.lowering import torch_compat_codegen as compat
+from parallax_compile.lowering.solve import attention_solve
+from parallax_compile.lowering.store import Entry, Store
+from parallax_compile.lowering.targets import resolve
+from torch import Tensor
+
+import parallax_compile as plx
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are compiled here")
+
+PROGRAM = Path(__file__).parent / "support" / "compile_caches.py"
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What two processes that share empty caches said, one after the other."""
+    caches = tmp_path_factory.mktemp("caches")
+    env = {
+        **os.environ,
+        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+        "TRITON_CACHE_DIR": str(caches / "triton"),
+        "PARALLAX_STORE": "off",
+    }
+    found = {}
+    for state in ("cold", "warm"):
+        done = subprocess.run([sys.executable, PROGRAM, state], env=env, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[state] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+MISS = {"autograd_cache_hit": 0, "autograd_cache_miss": 1, "fxgraph_cache_hit": 0, "fxgraph_cache_miss": 2}
+HIT = {"autograd_cache_hit": 1, "autograd_cache_miss": 0, "fxgraph_cache_hit": 2, "fxgraph_cache_miss": 0}
+
+
+@pytest.mark.parametrize("device", ["cpu", "sm_90"])
+def test_a_second_process_finds_forward_and_backward_in_torchs_caches(
+    processes: dict[str, dict[str, Any]], device: str
+) -> None:
+    bypassed = {"autograd_cache_bypass": 0, "fxgraph_cache_bypass": 0}
+    assert processes["cold"][device] == MISS | bypassed
+    assert processes["warm"][device] == HIT | bypassed
+
+
+def test_a_second_process_loads_the_kernels_and_compiles_none(processes: dict[str, dict[str, Any]]) -> None:
+    """Kernels with scratch memory too, which Inductor itself would hand to Triton's compiler again in each process."""
+    cold, warm = (processes[state]["loaded"] for state in ("cold", "warm"))
+    assert len(cold) == 3  # the forward, and the backwards of the queries and of the keys
+    assert warm == cold
+
+
+def test_what_changes_the_code_is_compiled_anew(processes: dict[str, dict[str, Any]]) -> None:
+    assert processes["warm"]["variants"] == {
+        "nothing": False,
+        "values of a captured tensor": False,
+        "an empty store": False,
+        "a mod's constant": True,
+        "covariance_mod": True,
+        "mask_mod": True,
+        "scale": True,
+        "spec": True,
+        "kernel_options": True,
+        "a tuned candidate": True,
+        "the package's version": True,
+    }
+
+
+def test_a_solve_in_front_of_a_decode_call_follows_the_store() -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    rows, cache = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 64, 16)
+    with tuned.using(Store(None)) as store, torch.no_grad():
+        store.put([Entry({"stage": "core_solve"}, {"block_m": 64})])
+        decode = torch.compile(lambda: plx.decode(rows, cache, cache, spec=plx.LLA, cache_seqlens=60), backend=backend)
+        decode()
+        nodes = [str(node.args) for node in graphs[0].graph.nodes if node.target is attention_solve]
+        assert nodes and all(store.fingerprint() in arguments for arguments in nodes)
+
+
+def test_a_launch_hands_the_kernel_scratch_memory_of_its_grid() -> None:
+    from support.compile_caches import loaded_by_stand_ins
+    from torch._inductor.runtime import triton_heuristics
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return plx.attention(q, k, v, kernel_options={"USE_TMA": True})
+
+    inputs = [torch.empty(1, 2, 128, 64, dtype=torch.bfloat16, device="meta")] * 3
+    generated = codegen.generate(call, inputs, target="sm_90", backward=False).stage("core_forward")
+    launches: list[tuple[Any, ...]] = []
+    empty = mock.Mock(side_effect=lambda size, dtype, device: torch.empty(size, dtype=dtype))
+    stand_in = mock.Mock(empty=empty, device=torch.device, int8=torch.int8)
+    with (
+        compat.pretend_gpu(resolve("sm_90")),
+        loaded_by_stand_ins(launches),
+        mock.patch.object(torch_compat_launch, "torch", stand_in),
+    ):
+        kernel = copy.copy(compat.load_kernel(generated.name, generated.source))  # Inductor keeps the loaded one
+        kernel.precompile()
+        (result,) = kernel.compile_results
+        assert isinstance(result.kernel, torch_compat_launch.KernelWithScratch)
+        # Other modules' kernels are left to Inductor, which refuses them.
+        with mock.patch.object(triton_heuristics.StaticTritonCompileResult, "can_statically_launch", return_value=None):
+            compiled = kernel._precompile_config(result.config).kernel
+        compiled._cubin_path = "unread"
+        with mock.patch.dict(kernel.fn.__globals__, launch_from_cubin=None), pytest.raises(NotImplementedError):
+            triton_heuristics.statically_launched_kernel_by_device(compiled)
+        arguments = [0] * (len(result.kernel.arg_tys) - 1)
+        result.kernel.run(3, 2, 5, 7, *arguments)
+    ((_, *grid, _, shared, types, handed, stream),) = launches
+    assert grid == [3, 2, 5] and stream == 7 and shared == result.kernel.shared
+    entry = re.search(r"\.entry[^(]*\((.*?)\)", compiled.asm["ptx"], re.DOTALL)
+    assert entry is not None and entry.group(1).count(".param") == len(types)
+    # Behind the kernel's own arguments stand its scratch memory and that of a profiler, which nobody uses.
+    assert len(handed) == len(types) == len(arguments) + 2 and handed[-1] is None and types.endswith("OO")
+    assert handed[-2] != 0
+    bytes_of_program = compiled.metadata.global_scratch_size
+    assert bytes_of_program > 0 and empty.call_args.args == (30 * bytes_of_program,)
+    assert empty.call_args.kwargs["device"] == torch.device("cuda", 0)
