@@ -60,6 +60,10 @@ TRANSCRIPTS = (
         stable=False,
     ),
     Transcript(
+        "explain PARALLAX --decode --shape 8,32:8,1:8192,128 --target sm_90",
+        "`--decode` explains a call of `plx.decode`: one row of each sequence against a cache of 8192 keys.",
+    ),
+    Transcript(
         "inspect SOFTMAX --mask causal --shape 1,2,1024,64 --target sm_80 --no-backward",
         "The kernels of a call, compiled for a target that need not be here. `--emit triton|ttir|ttgir|llir|ptx|sass|mlir` "
         "prints a text, `--out FOLDER` writes them all.",

@@ -8,7 +8,7 @@ from pathlib import Path
 from .. import templates
 from ..version import __version__
 from . import tuned
-from .torch_compat import settled_when_traced
+from .torch_compat_errors import settled_when_traced
 
 
 def _digest() -> str:

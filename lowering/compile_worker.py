@@ -56,7 +56,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     from . import cubin  # noqa: F401  (before the first request comes)
-    from .torch_compat import inductor
+    from .torch_compat_inductor import inductor
 
     _ = inductor.SymbolicGridFn
     for line in sys.stdin:

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from .dense import in_layout_of
 from .mod_graphs import differentiated_buffers, is_always_true, is_identity
-from .torch_compat import inline_in_lowering, traced_while_loop, vectorize_mod
+from .plan_stages import Direction, log_choice
+from .torch_compat_inlining import inline_in_lowering, traced_while_loop
+from .torch_compat_operator import vectorize_mod
 
 MAX_ROWS = 256
 MIN_ROWS = 32
@@ -523,6 +525,9 @@ def conjugate_gradients(
     return x, residual, used.squeeze(-1)
 
 
-def lower(function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
-    """Inline ``function`` (:func:`forward` or :func:`backward`) in place of the node that Inductor is lowering."""
+def lower(function: Callable[..., Any], arguments: Sequence[Any], stage: str | None = None) -> Any:
+    """Inline :func:`forward`, :func:`backward` or another in place of the node that Inductor is lowering."""
+    direction: Direction = "backward" if function is backward else "forward"
+    reason = "cpu: chunks of rows over all keys, in a compiled loop"
+    log_choice(stage or f"core_{function.__name__}", direction, "row chunks", reason)
     return inline_in_lowering(function, arguments)

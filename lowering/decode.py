@@ -2,7 +2,7 @@
 
 Its results are those of the core (:mod:`.operator`) on each sequence's own keys; it differs in where the keys lie (a
 cache with a length for each sequence, perhaps of pages, perhaps in 8 bits) and in how the work is cut
-(:func:`.plan.decode_cut`). It is for inference: it has no gradient.
+(:func:`.plan_split.decode_cut`). It is for inference: it has no gradient.
 
 Shapes: ``query, probe [B, Hq, Lq, D]``; a cache of keys ``[B, Hkv, capacity, D]``, or with a page table
 ``[pages, page size, Hkv, D]``; values likewise with ``Dv``. Row ``i`` of sequence ``b`` has the position ``length - Lq + i``.

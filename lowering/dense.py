@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputTypeError
-from .torch_compat import result_problem, vectorize_mod
+from .torch_compat_operator import result_problem, vectorize_mod
 
 Mod = Callable[..., Any]
 
@@ -35,7 +35,7 @@ def _per_query_head(tensor: Tensor, query: Tensor) -> Tensor:
 def _modified(name: str, mod: Mod, raw: Tensor, index: tuple[Tensor, ...], captured: tuple) -> Tensor:
     modified = vectorize_mod(mod, n_buffers=len(captured))(raw, *index, *captured)
     # Checked when Dynamo traces the mod too; a call that it gave up on comes here unchecked.
-    problem = result_problem(modified, is_mask=False)
+    problem = result_problem(modified, is_mask=False, axes=raw.dim())
     if problem is not None:
         raise InputTypeError(f"{name} {problem}")
     return modified.to(raw.dtype)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .torch_compat import inductor
+from .torch_compat_inductor import inductor
 
 
 @inductor.register_lowering(torch.ops.parallax_compile.tanh_approx.default, type_promotion_kind=None)

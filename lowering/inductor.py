@@ -30,10 +30,13 @@ from .inductor_shared import (
 )
 from .mod_graphs import digest, is_always_true, is_elementary
 from .operator import BlockMaskOperands, attention_backward, attention_forward
-from .plan import Plan, Problem, asked_direct, make_plan, solve_method, split_choice, splits_keys
+from .plan import make_plan
+from .plan_solve import asked_direct, solve_method
+from .plan_split import split_choice, splits_keys
+from .plan_stages import Plan, Problem
 from .solve import attention_solve
-from .torch_compat import inductor
 from .torch_compat_gluon import has_gluon
+from .torch_compat_inductor import inductor
 from .tuned import ask, offered
 
 # Groups of heads of persistent kernels: larger ones balance better, and past the cache still gain (benchmarks/NOTES.md).

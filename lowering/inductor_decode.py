@@ -31,8 +31,9 @@ from .inductor_shared import (
     tma_possible,
 )
 from .mod_graphs import is_always_true
-from .plan import Cut, decode_cut
-from .torch_compat import inductor
+from .plan_split import MERGES, Cut, decode_cut
+from .plan_stages import log_choice
+from .torch_compat_inductor import inductor
 
 
 @inductor.SymbolicGridFn
@@ -204,7 +205,7 @@ def _lower_decode(*arguments: Any) -> Any:
     score, covariance, mask, scale, intercept, save_statistics, options, *buffers = arguments[8:]
     device = query.get_device()
     if device.type == "cpu":
-        return cpu.lower(_on_cpu, arguments)
+        return cpu.lower(_on_cpu, arguments, "decode")
     operands = {"Q": query, "K": key, "V": value, "R": probe, "LENGTHS": lengths, "PAGES": pages}
     operands |= {"KEY_SCALE": key_scale, "VALUE_SCALE": value_scale, **_lists(mask[:4])}
     rows = _Rows(
@@ -230,7 +231,7 @@ def forward_of_core(
     intercept: bool,
     options: dict[str, Any],
 ) -> tuple[Any, Any, Any]:
-    """Output, LSE and probe mean of a call of the core whose keys are split (:func:`.plan.splits_keys`).
+    """Output, LSE and probe mean of a call of the core whose keys are split (:func:`.plan_split.splits_keys`).
 
     Args:
         operands: ``Q, K, V`` and ``R`` (None without a probe).
@@ -404,6 +405,7 @@ def split_keys(
     if not inductor.config.max_autotune:
         found, cuts = found[:1], cuts[:1]
     merge = cuts[0].merge
+    log_choice("decode_split", "forward", "split keys", f"{MERGES[merge]}; {found[0]}, {cuts[0].programs} programs")
     pairs = [(candidate, own) for candidate, own in zip(found, cuts, strict=True) if own.merge == merge]
     if merge == "stage" or not all(isinstance(own.programs, int) for own in cuts):
         # The stage that merges works the cut out again; and of symbols there is no largest.

@@ -11,9 +11,11 @@ from .. import templates
 from . import scan, scan_products, scan_solve
 from .candidates import padded
 from .inductor_shared import allocate, distinct, node_layouts, precision, shared_memory_limit
-from .plan import CHUNK, scan_segments
+from .plan_scan import CHUNK, scan_segments
+from .plan_stages import Direction, log_choice
 from .scan_step import scan_step  # noqa: F401  (its lowering is here)
-from .torch_compat import inductor, inline_in_lowering
+from .torch_compat_inductor import inductor
+from .torch_compat_inlining import inline_in_lowering
 from .tuned import ask, offered
 
 
@@ -177,6 +179,10 @@ def _lower_totals(
 @inductor.register_lowering(torch.ops.parallax.scan_product.default, type_promotion_kind=None)
 def _lower_product(x: Any, key: Any, value: Any, inverse: Any, starts: Any, level: Any, *rest: Any) -> Any:
     """Inductor's lowering of :data:`~.scan_products.scan_product`."""
+    direction: Direction = "backward" if inductor.V.graph.is_backward else "forward"
+    log_choice(
+        "scan_product", direction, "chunked scan", f"{rest[6]}: the sums run along the sequence: linear in the length"
+    )
     sums, initial = rest[:3], rest[3:6]
     role, intercept, moment, save_state, whole, _ = rest[6:]
     backward, transposed = scan_products.ROLES[role].backward, scan_products.ROLES[role].transposed

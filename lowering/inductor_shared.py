@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .mod_graphs import digest, is_additive, is_elementary, is_identity, largest_slope
-from .torch_compat import inductor
+from .torch_compat_inductor import inductor
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453

@@ -17,13 +17,13 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._C import DispatchKey
 
-from .torch_compat import (
+from .torch_compat_dynamo import register_dynamo_operator
+from .torch_compat_operator import (
     HigherOrderOperator,
     ProxyTorchDispatchMode,
     UnsupportedAliasMutationException,
     functionalized_mutates,
     redirect_checkpointing_modes,
-    register_dynamo_operator,
     register_fake,
     set_original_aten_op,
     trace_mod,

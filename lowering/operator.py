@@ -34,12 +34,7 @@ from torch._C import DispatchKey
 from . import dense
 from .mod_graphs import differentiated_buffers
 from .mod_operator import COVARIANCE, MASK, SCORE, ModOperator, ModPlace, example_arguments, statistics_dtype
-from .torch_compat import (
-    TransformGetItemToIndex,
-    create_fw_bw_graph,
-    save_values_for_backward,
-    saved_values,
-)
+from .torch_compat_operator import TransformGetItemToIndex, create_fw_bw_graph, save_values_for_backward, saved_values
 
 __all__ = [
     "BlockMaskOperands",

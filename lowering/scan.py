@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .cache_key import cache_salt
 from .operator import empty_in_layout_of, statistics_dtype
-from .plan import CHUNK
+from .plan_scan import CHUNK
 from .scan_products import NO_SUMS, Sums, product, scan_product, totals
 
 

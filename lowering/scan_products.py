@@ -29,8 +29,8 @@ from torch import Tensor
 
 from .dense import in_layout_of
 from .operator import empty_in_layout_of, statistics_dtype
-from .plan import CHUNK
-from .torch_compat import in_memory
+from .plan_scan import CHUNK
+from .torch_compat_inlining import in_memory
 
 _CPU_CHUNK = 128
 

@@ -23,7 +23,7 @@ from . import scan
 from .cache_key import CACHE_SALT
 from .cpu import conjugate_gradients
 from .operator import statistics_dtype
-from .plan import CHUNK
+from .plan_scan import CHUNK
 from .scan_products import Chunks, chunk_sums, chunked, product, totals, unchunked
 
 # --- what the kernels compute ---------------------------------------------------------------------------------------
@@ -38,7 +38,7 @@ def states(
     initial_first: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sums before each chunk of :data:`~.plan.CHUNK` rows that its rows of the same run continue.
+    """The sums before each chunk of :data:`~.plan_scan.CHUNK` rows that its rows of the same run continue.
 
     Args:
         key: ``[B, H, L, D]``; starts: see :class:`~.scan.Prefix`.

@@ -15,16 +15,17 @@ from .operator import empty_in_layout_of, statistics_dtype
 def read(matrix: Tensor, first: Tensor, second: Tensor, count: Tensor, probe: Tensor, intercept: bool) -> Tensor:
     """``out [B, Hq, Dv]`` of one row with the probe ``[B, Hq, D]``, whose keys are those of the sums (FAMILY)."""
     group = probe.size(1) // matrix.size(1)
-
-    def of_query_heads(part: Tensor) -> Tensor:
-        return part.repeat_interleave(group, 1) if group > 1 else part
-
     inverse = 1.0 / count[:, None, None]
-    moved = (probe[..., None] * of_query_heads(matrix)).sum(-2) * inverse
+    moved = (probe[..., None] * of_query_heads(matrix, group)).sum(-2) * inverse
     if not intercept:
         return moved
-    level = (probe * of_query_heads(first)).sum(-1, keepdim=True) * inverse
-    return of_query_heads(second) * inverse * (1 + level) - moved
+    level = (probe * of_query_heads(first, group)).sum(-1, keepdim=True) * inverse
+    return of_query_heads(second, group) * inverse * (1 + level) - moved
+
+
+def of_query_heads(part: Tensor, group: int) -> Tensor:
+    """A part of the sums ``[B, Hkv, ...]`` for the query heads that share a key head, ``[B, Hq, ...]``."""
+    return part.repeat_interleave(group, 1) if group > 1 else part
 
 
 def _step(

@@ -27,10 +27,7 @@ from .race import Race, race
 from .space import EFFORTS
 from .targets import Target
 
-__all__ = ["SAMPLING", "Found", "Measures", "Search"]
-
-SAMPLING = {"quick": (4, 5), "normal": (8, 6), "full": (12, 10)}
-"""Effort -> at most how many rounds, and samples of a round."""
+__all__ = ["Found", "Measures", "Search"]
 
 _ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-12}  # float32 products may be TF32
 _REFERENCE_BYTES = 24 * 2**30  # what the dense reference of one group of heads may take
@@ -83,11 +80,6 @@ class Found:
     complete: bool = True
     note: str = ""
 
-    @property
-    def speedup(self) -> float:
-        """Of the winner over the default."""
-        return self.default_milliseconds / self.milliseconds
-
 
 class Search:
     """The search of one call.
@@ -98,7 +90,7 @@ class Search:
         target: the GPU.
         measures: what tells candidates apart.
         spaces: stage -> candidates, the best guesses first; other stages take what they take.
-        effort: how many candidates, rounds and samples.
+        effort: a name of :data:`~.space.EFFORTS`.
         backward: whether the backward's stages are there too.
     """
 
@@ -114,7 +106,7 @@ class Search:
         backward: bool = True,
     ) -> None:
         self._measures, self._target, self._backward = measures, target, backward
-        self._limit, (self._rounds, self._repeats) = EFFORTS[effort], SAMPLING[effort]
+        self._limit, self._rounds, self._repeats = EFFORTS[effort]
         self._inputs = list(inputs) if measures.execute is not None else prepared(list(inputs), backward)
         self._recorder = Recorder(target, max_autotune=True, execute=measures.execute, reuse_buffers=False)
         self._compiled = torch.compile(fresh(call), backend=self._recorder.backend, fullgraph=True, dynamic=False)
@@ -146,7 +138,6 @@ class Search:
         """The best candidate of one use of a stage; on an interrupt, the best so far (``complete`` is False)."""
         found = Found(instance)
         trials = list(instance.trials[: self._limit])
-        found.tried = len(trials)
         with _interruptible(found):
             compiled = self._compile(trials, pool, found, on_event)
             if not compiled:
@@ -173,7 +164,7 @@ class Search:
         done, start = 0, time.perf_counter()
         on_event("compile", 0, len(trials))
         for trial, answer in pool.compile((trial, trial.name, trial.source) for trial in trials):
-            done += 1
+            found.tried = done = done + 1
             on_event("compile", done, len(trials))
             if "error" in answer:
                 found.failed[answer["cause"]] += 1

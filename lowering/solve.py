@@ -23,7 +23,7 @@ from torch._C import DispatchKey
 from . import dense
 from .mod_operator import MASK, SCORE, ModOperator, statistics_dtype
 from .operator import attention_backward, empty_in_layout_of, joint_graphs, once_differentiable
-from .torch_compat import TransformGetItemToIndex, save_values_for_backward, saved_values
+from .torch_compat_operator import TransformGetItemToIndex, save_values_for_backward, saved_values
 
 Mod = Callable[..., Any]
 

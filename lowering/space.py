@@ -9,14 +9,21 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from .candidates import Candidate, padded, shared_memory, specialized_table, table
 from .targets import Target
 
 __all__ = ["EFFORTS", "SPACES", "Effort", "Space", "explore", "registers", "staying"]
 
-Effort = Literal["quick", "normal", "full"]
+
+class Effort(NamedTuple):
+    """How much a search tries at most of a stage: candidates (None: all), rounds of timing, and samples of a round."""
+
+    candidates: int | None
+    rounds: int
+    samples: int
+
 
 _REGISTERS_OF_A_THREAD = 255
 
@@ -53,8 +60,8 @@ SPACES: dict[str, Space] = {
 }
 """Stage -> its space."""
 
-EFFORTS: dict[str, int | None] = {"quick": 10, "normal": 32, "full": None}
-"""Effort -> how many candidates of a stage are tried at most."""
+EFFORTS: dict[str, Effort] = {"quick": Effort(10, 4, 5), "normal": Effort(32, 8, 6), "full": Effort(None, 12, 10)}
+"""By name, in the order of how much they try."""
 
 
 def explore(

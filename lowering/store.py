@@ -223,7 +223,8 @@ class Store:
         """Add the entries of an exported file; how many.
 
         Raises:
-            StoreError: the file cannot be read, or is no store; entries that do not match their key are refused too.
+            StoreError: the file cannot be read, or is no store; entries that do not match their key are refused too; or the
+                entries cannot be written.
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
@@ -232,7 +233,12 @@ class Store:
         entries, problems = decoded(text)
         if problems:
             raise StoreError(f"{path} is no store to import: {'; '.join(problems)}.")
-        self.put(entries.values())
+        if self.directory is None:
+            raise StoreError(f"there is no store to add to: {ENVIRONMENT}=off. Name a folder.")
+        if not self.put(entries.values()):
+            raise StoreError(
+                f"{path} was read, but {self.directory} cannot be written. Name another folder: {ENVIRONMENT}."
+            )
         return len(entries)
 
     # --- files ------------------------------------------------------------------------------------------------------
@@ -299,7 +305,7 @@ class Store:
         if problem in self.problems:
             return
         self.problems.append(problem)
-        _log.warning(problem)
+        _log.info(problem)
         warnings.warn(f"parallax-compile's store: {problem}", stacklevel=4)
 
 

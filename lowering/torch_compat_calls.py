@@ -1,6 +1,6 @@
 """Torch's own attention calls, taken apart: what ``replace_sdpa`` needs to compute them by another member.
 
-Like :mod:`.torch_compat`, whose list of fenced symbols holds those of this module too.
+The private symbols are fenced in :mod:`.torch_compat`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch._higher_order_ops.flex_attention import flex_attention as FLEX_ATTENT
 from torch.nn.attention.flex_attention import _LARGE_SPARSE_BLOCK_SIZE, BlockMask, _identity, noop_mask
 
 from ..errors import InputError
-from .torch_compat import raise_input
+from .torch_compat_errors import raise_input
 
 __all__ = ["FLEX_ATTENTION", "FlexCall", "flex_call", "flex_result", "multi_head_attention"]
 

@@ -31,9 +31,9 @@ import torch
 
 from .. import templates
 from ..version import __version__
-from . import torch_compat
 from .candidates import Candidate, candidates, forced_fields, padded
 from .store import Entry, Store, canonical, decoded
+from .torch_compat_inductor import length_hint, trace_artifact
 
 __all__ = [
     "Answer",
@@ -240,7 +240,7 @@ def ask(
     switches = {name: value for name, value in constants.items() if name not in _NOISE}
     minor = {name: switches.pop(name) for name in _MINOR if name in switches}
     mask = "blocks" if constants.get("BLOCK_SPARSE") else "predicate" if constants.get("HAS_MASK") else "none"
-    q_length, kv_length = (torch_compat.length_hint(length) for length in lengths)
+    q_length, kv_length = (length_hint(length) for length in lengths)
     return Question(
         stage=stage,
         template=template_digest(stage),
@@ -284,7 +284,7 @@ def offered(question: Question, **limits: Any) -> list[Candidate]:
     for listener in _listeners:
         listener.append(answer)
     _log.info("%s: %s, level %s: %s", question.stage, answer.candidate, answer.level, answer.why())
-    torch_compat.trace_artifact(
+    trace_artifact(
         f"parallax_{question.stage}_candidate",
         lambda: {
             "question": question.key(),

@@ -6,6 +6,7 @@ The file is a zip of cubins and JSON; nothing in it is code that Python runs, an
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -87,7 +88,7 @@ class AheadOfTime:
                     )  # fmt: skip
                 archive.writestr("metadata.json", json.dumps(about, indent=1))
         except OSError as error:
-            raise StoreError(f"cannot write {path}: {error}.") from error
+            raise StoreError(f"cannot write {path}: {error.strerror or error}.") from error
         return path
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, probe: Tensor | None = None) -> Tensor:
@@ -278,14 +279,16 @@ def aot(
         UnsupportedError: triton is not installed; the call does more than launch kernels; a captured tensor wants a gradient.
     """
     from .lowering.ahead import ahead_of_time
-    from .tuning import _listed, _shapes
+    from .tuning import listed, listed_shapes
 
-    if not isinstance(spec, AttentionSpec):
-        raise InputTypeError(f"spec must be an AttentionSpec, but got {type(spec).__name__}.")
+    validation.check_spec(spec)
+    validation.check_flag("backward", backward)
+    if path is not None and not isinstance(path, (str, os.PathLike)):
+        raise InputTypeError(f"path must be a path or None, but got {type(path).__name__}.")
     resolved = resolve(target)
     calls = []
-    for dtype in _listed(dtypes, dtype_of):
-        for shape in _shapes(shapes):
+    for dtype in listed("dtypes", dtypes, dtype_of):
+        for shape in listed_shapes(shapes):
             inputs = shape.tensors(spec, dtype)
             probe = inputs[3] if len(inputs) == 4 else None
             validation.check_tensors(inputs[0], inputs[1], inputs[2], probe, spec, enable_gqa=True)
@@ -334,13 +337,18 @@ def load_aot(path: str | Path) -> AheadOfTime:
 
     Raises:
         StoreError: the file cannot be read, or is no such artifact.
+        InputTypeError: ``path`` is no path.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputTypeError(f"path must be a path, but got {type(path).__name__}.")
     try:
         with zipfile.ZipFile(path) as archive:
             about = json.loads(archive.read("metadata.json"))
             if about.get("format") != _FORMAT:
                 raise StoreError(f"{path} does not say {_FORMAT!r}.")
             calls = [_read(archive, number, data) for number, data in enumerate(about["calls"])]
+    except FileNotFoundError as error:
+        raise StoreError(f"there is no file {path}.") from error
     except (OSError, zipfile.BadZipFile, KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, StoreError):
             raise

@@ -23,9 +23,12 @@ from .lowering.cache_key import cache_salt
 from .lowering.dense import allowed_pairs
 from .lowering.mlir import forms
 from .lowering.operator import attention_forward
-from .lowering.plan import FEWEST_KEYS_TO_SPLIT, MOST_ROWS_TO_SPLIT, chunked_scan, split_choice
+from .lowering.plan_scan import chunked_scan
+from .lowering.plan_split import FEWEST_KEYS_TO_SPLIT, MOST_ROWS_TO_SPLIT, split_choice
 from .lowering.scan import State
-from .lowering.torch_compat import mark_static, raise_input, result_problem, statically_known_true, vectorize_mod
+from .lowering.torch_compat_dynamo import mark_static
+from .lowering.torch_compat_errors import raise_input
+from .lowering.torch_compat_operator import result_problem, statically_known_true, vectorize_mod
 from .spec import PARALLAX, SOFTMAX, AttentionSpec, Gradient, Solved
 
 __all__ = ["AuxOutput", "AuxRequest", "attention", "flex_attention"]
@@ -107,8 +110,7 @@ def attention(
             ``WARP_SPECIALIZED`` (bool): the forward by its kernel for Hopper, whose warps copy or compute. Each also with
             the prefix ``fwd_``, ``bwd_``, ``bwd_query_``, ``bwd_key_`` or ``solve_``. ``SPLIT_KEYS`` (bool): whether the
             kernels of decoding make the output, which take a split of the keys each; left out, they do where no gradient is
-            wanted, for up to 16 rows and 512 keys or more.
-            the prefix ``fwd_``, ``bwd_``, ``bwd_query_``, ``bwd_key_`` or ``solve_``. ``DIRECT`` (bool): whether the systems
+            wanted, for up to 16 rows and 512 keys or more. ``DIRECT`` (bool): whether the systems
             of a solved probe are solved directly (``D`` up to 32) or by conjugate gradients, where the plan would choose.
 
     Returns:
@@ -124,8 +126,7 @@ def attention(
     """
     if spec is None:
         spec = SOFTMAX if probe is None else PARALLAX
-    if not isinstance(spec, AttentionSpec):
-        raise_input(InputTypeError, f"spec must be an AttentionSpec, but got {type(spec).__name__}.")
+    validation.check_spec(spec)
     query, key, value, probe = _autocast(query, key, value, probe)
     validation.check_tensors(query, key, value, probe, spec, enable_gqa)
     validation.check_scale(scale, spec)
@@ -404,7 +405,7 @@ def _weights(call: _Call, block_mask: BlockMask | None) -> probes.Weights:
 
 
 def _needs_no_lists(call: _Call, operands: tuple[Tensor, ...]) -> bool:
-    """Whether the plan will split the keys (:func:`.plan.splits_keys`), and the spec's mask needs no lists of blocks.
+    """Whether the plan will split the keys (:func:`.plan_split.splits_keys`), and the spec's mask needs no lists of blocks.
 
     Where a mod captures what needs a gradient the lists are left out for the core too, which reads every key for its few rows.
     """
@@ -524,10 +525,15 @@ def _autocast(query: Any, key: Any, value: Any, probe: Any) -> tuple:
 
 
 def _aux_request(return_lse: bool, return_aux: Any, spec: AttentionSpec) -> AuxRequest:
+    validation.check_flag("return_lse", return_lse)
     if return_aux is None:
         return AuxRequest(lse=return_lse)
     if return_lse:
         raise_input(InputError, "return_lse and return_aux exclude each other. Ask return_aux for lse.")
+    if not hasattr(return_aux, "lse"):  # as torch's own has, in every release
+        raise_input(
+            InputTypeError, f"return_aux must be a plx.AuxRequest or None, but got {type(return_aux).__name__}."
+        )
     request = AuxRequest(
         lse=getattr(return_aux, "lse", False),
         max_scores=getattr(return_aux, "max_scores", False),
@@ -549,7 +555,7 @@ def _aux_request(return_lse: bool, return_aux: Any, spec: AttentionSpec) -> AuxR
 
 
 def _check_result(name: str, result: Any, *, is_mask: bool) -> None:
-    problem = result_problem(result, is_mask=is_mask)
+    problem = result_problem(result, is_mask=is_mask, axes=4)
     if problem is not None:
         raise InputTypeError(f"{name} {problem}")
 
@@ -557,13 +563,13 @@ def _check_result(name: str, result: Any, *, is_mask: bool) -> None:
 _warned = False
 
 
-def _warn_unfused() -> None:
+def _warn_unfused(call: str = "plx.attention") -> None:
     global _warned
     if _warned or torch.compiler.is_exporting():
         return
     _warned = True
     warnings.warn(
-        "plx.attention was called without torch.compile: it runs the dense reference, which holds the whole score "
+        f"{call} was called without torch.compile: it runs the dense reference, which holds the whole score "
         "matrix. For fused kernels compile the caller: torch.compile(fn) or @plx.parallax_compile.",
         stacklevel=3,
     )

@@ -8,7 +8,9 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from . import masks
 from .errors import InputTypeError, UnsupportedError
-from .lowering.torch_compat import outside_of_tracing, raise_input, result_problem
+from .lowering import decode_blocks
+from .lowering.torch_compat_errors import raise_input
+from .lowering.torch_compat_operator import outside_of_tracing, result_problem
 from .masks import LibraryMask, MaskMod
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
@@ -55,6 +57,12 @@ def own_lists(block_mask: BlockMask, query: Tensor, key: Tensor) -> bool:
     """Whether query heads that share a key head have lists of blocks of their own, or rows several lists."""
     heads, row_blocks = block_mask.kv_num_blocks.shape[1:]
     return row_blocks > 1 or (heads > 1 and query.size(1) != key.size(1))
+
+
+def visited_blocks(block_mask: BlockMask, total: Tensor, rows: int) -> decode_blocks.Visits:
+    """What a block mask over positions says of the last ``rows`` positions of sequences of ``total`` keys, int64 ``[B]``."""
+    lists = (block_mask.kv_num_blocks, block_mask.kv_indices, block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
+    return decode_blocks.visits(lists, *block_mask.BLOCK_SIZE, block_mask.mask_mod, total, rows)
 
 
 def block_kinds(block_mask: BlockMask) -> Tensor:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .errors import InputError, InputTypeError, UnsupportedError
-from .lowering.torch_compat import raise_input
+from .lowering.decode import capacity_of
+from .lowering.torch_compat_errors import raise_input
 from .spec import AttentionSpec
-from .validation import FLOATING, check_block_mask_of
+from .validation import FLOATING, check_block_mask_of, check_power_of_two, check_strided
 
 EIGHT_BITS = torch.float8_e4m3fn
 INTEGERS = (torch.int32, torch.int64)
@@ -81,6 +82,7 @@ def check_call(
 def _check_tensor(name: str, tensor: Any) -> None:
     if not isinstance(tensor, Tensor):
         raise_input(InputTypeError, f"{name} must be a tensor, but got {type(tensor).__name__}.")
+    check_strided(name, tensor)
     if tensor.dim() != 4:
         raise_input(
             InputError,
@@ -202,6 +204,12 @@ def _check_new(query: Tensor, key_cache: Tensor, value_cache: Tensor, key: Any, 
 
 
 def _check_lengths(query: Tensor, key_cache: Tensor, lengths: Any, page_table: Any, new_keys: int) -> None:
+    capacity = capacity_of(key_cache, page_table)
+    if new_keys > capacity:
+        raise_input(
+            InputError,
+            f"key has {new_keys} new keys, but the cache has a capacity of {capacity} for a sequence. Allocate a longer one.",
+        )
     if isinstance(lengths, Tensor):
         if lengths.dtype not in INTEGERS:
             raise_input(InputTypeError, f"cache_seqlens must be int32 or int64, but got {lengths.dtype}.")
@@ -211,13 +219,19 @@ def _check_lengths(query: Tensor, key_cache: Tensor, lengths: Any, page_table: A
             )
         return
     if isinstance(lengths, bool) or not isinstance(lengths, (int, torch.SymInt)):
-        raise_input(InputTypeError, f"cache_seqlens must be a tensor or an int, but got {type(lengths).__name__}.")
-    capacity = key_cache.size(2) if page_table is None else key_cache.size(1) * page_table.size(1)
-    if lengths < 0 or lengths + new_keys > capacity:
         raise_input(
-            InputError,
-            f"cache_seqlens must be from 0 to the capacity {capacity} less the {new_keys} new keys, but got {lengths}.",
+            InputTypeError,
+            f"cache_seqlens must be an int32 or int64 tensor [batch], or one int for all, but got {type(lengths).__name__}.",
         )
+    if lengths < 0 or lengths + new_keys > capacity:
+        raise_input(InputError, f"cache_seqlens must be {_range_text(capacity, new_keys)}, but got {lengths}.")
+
+
+def _range_text(capacity: Any, new_keys: int) -> str:
+    """What a length may be."""
+    if not new_keys:
+        return f"from 0 to the capacity {capacity}"
+    return f"from 0 to {capacity - new_keys} (the capacity {capacity} less {new_keys} new keys)"
 
 
 def _check_scale(name: str, factor: Any, cache: Tensor, shape: tuple[int, int]) -> None:
@@ -280,10 +294,9 @@ def _check_options(options: Any, paged: bool) -> None:
             if not isinstance(option, bool):
                 raise_input(InputTypeError, f"kernel_options[{name}] must be a bool, but got {option}.")
             continue
-        if not isinstance(option, int) or option < 1:
+        if isinstance(option, bool) or not isinstance(option, int) or option < 1:
             raise_input(InputError, f"kernel_options[{name}] must be an integer of at least 1, but got {option}.")
-        if name == "BLOCK_N" and (option < 16 or option & (option - 1)):
-            raise_input(InputError, f"kernel_options[{name}] must be a power of two of at least 16, but got {option}.")
+        check_power_of_two(name, option)
 
 
 def check_values(compiled: bool, key_cache: Tensor, lengths: Any, page_table: Any, new_keys: int) -> None:
@@ -293,17 +306,8 @@ def check_values(compiled: bool, key_cache: Tensor, lengths: Any, page_table: An
             UnsupportedError,
             "check=True reads lengths and page table on the host, which compiled code does not. Check in an uncompiled call.",
         )
-    if not isinstance(lengths, Tensor):
-        lengths = torch.tensor([lengths])
-    lengths = lengths.cpu()
-    capacity = key_cache.size(2) if page_table is None else key_cache.size(1) * page_table.size(1)
-    wrong = ((lengths < 0) | (lengths + new_keys > capacity)).nonzero().flatten().tolist()
-    if wrong:
-        raise_input(
-            InputError,
-            f"cache_seqlens[{wrong[0]}] must be from 0 to the capacity {capacity} less the {new_keys} new keys, "
-            f"but got {int(lengths[wrong[0]])}.",
-        )
+    lengths = lengths.cpu() if isinstance(lengths, Tensor) else torch.tensor([lengths])
+    check_length_values(lengths, capacity_of(key_cache, page_table), new_keys)
     if page_table is None:
         return
     size = key_cache.size(1)
@@ -316,4 +320,14 @@ def check_values(compiled: bool, key_cache: Tensor, lengths: Any, page_table: An
             InputError,
             f"page_table[{row}, {column}] must name one of the {key_cache.size(0)} pages of the cache, "
             f"but got {int(table[row, column])}.",
+        )
+
+
+def check_length_values(lengths: Tensor, capacity: int, new_keys: int) -> None:
+    """Each sequence's keys fit into the capacity."""
+    wrong = ((lengths < 0) | (lengths + new_keys > capacity)).nonzero().flatten().tolist()
+    if wrong:
+        raise_input(
+            InputError,
+            f"cache_seqlens[{wrong[0]}] must be {_range_text(capacity, new_keys)}, but got {int(lengths[wrong[0]])}.",
         )

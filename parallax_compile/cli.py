@@ -6,12 +6,14 @@ Exit codes: 0 done; 1 a check failed, or the store could not be read or written;
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import json
 import os
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,8 @@ class _Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _warnings_in_a_line():
+                return super().invoke(ctx)
         except ParallaxError as error:
             code = next(code for kinds, code in _EXIT if isinstance(error, kinds))
             click.echo(f"error: {error}", err=True)
@@ -39,6 +42,18 @@ class _Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             ctx.exit(130)
+
+
+@contextlib.contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Warnings as this tool's other messages, without a line of its source."""
+    # Not warnings.catch_warnings(), which would forget the filters of modules that a command imports.
+    shown = warnings.showwarning
+    warnings.showwarning = lambda message, *_: click.echo(f"warning: {message}", err=True)
+    try:
+        yield
+    finally:
+        warnings.showwarning = shown
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -58,12 +73,7 @@ class _Spec(click.ParamType):
     name = "spec"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> AttentionSpec:
-        if isinstance(value, AttentionSpec):
-            return value
-        try:
-            return parse_spec(value)
-        except (ValueError, TypeError) as error:
-            self.fail(str(error), param, ctx)
+        return value if isinstance(value, AttentionSpec) else parse_spec(value)
 
 
 def parse_spec(text: str) -> AttentionSpec:
@@ -80,7 +90,9 @@ def parse_spec(text: str) -> AttentionSpec:
             return AttentionSpec.from_json(text)
         if text.endswith(".json"):
             return AttentionSpec.from_json(Path(text).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except OSError as error:
+        raise InputError(f"SPEC names the file {text}, which cannot be read: {error.strerror or error}.") from error
+    except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"SPEC is no spec as JSON: {error}") from error
     module, colon, attribute = text.partition(":")
     if not colon:
@@ -91,8 +103,8 @@ def parse_spec(text: str) -> AttentionSpec:
         found: Any = importlib.import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"SPEC names {text!r}, which cannot be imported: {error}.") from error
+    except Exception as error:  # whatever the user's module does when it is imported
+        raise InputError(f"SPEC names {text!r}, which cannot be imported: {type(error).__name__}: {error}.") from error
     if not isinstance(found, AttentionSpec):
         raise InputError(f"SPEC names {text!r}, which is no AttentionSpec, but {type(found).__name__}.")
     return found
@@ -102,15 +114,14 @@ def _mask(text: str) -> Any:
     from . import masks
 
     kind, _, size = text.partition(":")
-    try:
-        if kind == "window":
-            return masks.sliding_window(int(size))
-        if kind == "prefix":
-            return masks.prefix_lm(int(size))
-    except ValueError as error:
-        raise InputError(f"--mask {text}: {error}") from error
+    sized: dict[str, Callable[[int], Any]] = {"window": masks.sliding_window, "prefix": masks.prefix_lm}
+    if kind in sized and size.isdecimal():
+        try:
+            return sized[kind](int(size))
+        except ValueError as error:
+            raise InputError(f"--mask {text}: {error}") from error
     if text not in ("causal", "none"):
-        raise InputError(f"--mask must be none, causal, window:N or prefix:N, but got {text!r}.")
+        raise InputError(f"--mask must be none, causal, window:N or prefix:N with a whole number N, but got {text!r}.")
     return masks.causal() if text == "causal" else None
 
 
@@ -183,21 +194,30 @@ def family_command(as_json: bool) -> None:
 @click.option(
     "--mask-png", type=click.Path(dir_okay=False, path_type=Path), help="Write the mask's picture (matplotlib)."
 )
+@click.option(
+    "--decode",
+    is_flag=True,
+    help="Of plx.decode: the lengths are query rows and keys of a cache, as in 8,32:8,1:8192,128.",
+)
 @_json
 def explain(
     spec: AttentionSpec, shape: str, dtype: str, mask: str | None, target: str, backward: bool, kernels: bool,
-    mask_png: Path | None, as_json: bool,
+    mask_png: Path | None, decode: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """The plan of a call: stages, why, least operations and bytes, floors, and what would make it faster."""
     from .explanation import explain as explained
+    from .explanation import explain_decode
 
-    spec = _masked(spec, mask)
+    if decode and kernels:
+        raise InputError("--kernels compiles the stages of plx.attention: leave it out with --decode.")
+    spec, backward = _masked(spec, mask), backward and not decode
     tensors = _operands(spec, shape, dtype, backward)
-    device = "cpu"  # a block mask has its lists somewhere
-    tensors = [
-        None if tensor is None else tensor.new_empty((), device=device).expand(tensor.shape) for tensor in tensors
-    ]
-    found = explained(spec, *tensors, target=target, backward=backward, kernels=kernels)
+    if decode:
+        found = explain_decode(spec, *tensors, target=target)
+    else:
+        # A block mask has its lists somewhere: on the CPU, with tensors of one number each.
+        tensors = [t if t is None else t.new_empty((), device="cpu").expand(t.shape) for t in tensors]
+        found = explained(spec, *tensors, target=target, backward=backward, kernels=kernels)
     if mask_png is not None:
         found.save_mask(mask_png)
     _print(as_json, found.to_dict(), found)
@@ -221,19 +241,12 @@ def inspect_command(
     stage: str | None, out: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """The kernels of a call compiled for a target, which need not be here."""
-    import inspect as signatures
-
     from .inspection import inspect
 
     spec = _masked(spec, mask)
     tensors = _operands(spec, shape, dtype, backward)
     if emit == "mlir":
-        if "emit" not in signatures.signature(inspect).parameters:
-            raise UnsupportedError(
-                "--emit mlir needs the MLIR path (plx.inspect(..., emit='mlir')), which is not in this build."
-            )
-        extra: dict[str, Any] = {"emit": "mlir", "backward": backward}
-        modules = dict(inspect(spec, *tensors, **extra).modules)  # type: ignore[attr-defined]
+        modules = dict(inspect(spec, *tensors, emit="mlir", backward=backward).modules)
         _print(as_json, modules, "\n".join(modules.values()))
         return
     found = inspect(spec, *tensors, target=target, backward=backward)
@@ -275,7 +288,9 @@ def inspect_command(
     "--model", is_flag=True, help="Rank by the resource model; no GPU needed; winners are marked as untested."
 )
 @click.option("--again", is_flag=True, help="Search also what the store has.")
-@click.option("--workers", type=click.IntRange(0), help="Compiling processes; default: cores less one.")
+@click.option(
+    "--workers", type=click.IntRange(0), help="Compiling processes; default: by free memory, cores less one at most."
+)
 @_json
 def tune(
     spec: AttentionSpec, shape: tuple[str, ...], dtype: tuple[str, ...], mask: str | None, stages: tuple[str, ...],
@@ -407,6 +422,7 @@ def store_list(device: str | None, stage: str | None, shipped: bool, as_json: bo
     from tabulate import tabulate
 
     from .lowering import tuned
+    from .tuning import candidate_text
 
     wanted = _chosen(device, stage)
     entries = tuned.shipped() if shipped else tuned.store().entries()
@@ -414,12 +430,12 @@ def store_list(device: str | None, stage: str | None, shipped: bool, as_json: bo
     rows = [
         [name[:10], e.key.get("stage"), e.key.get("device"), e.key.get("dtype"),
          f"{e.key.get('width')}/{e.key.get('value_width')}", e.key.get("gqa"), e.key.get("mask"), e.key.get("bucket"),
-         " ".join(str(value) for value in e.candidate.values()), e.result.get("milliseconds") or "-",
+         candidate_text(e.candidate), e.result.get("milliseconds") or "-",
          "yes" if e.provenance.get("tested") else "no"]
         for name, e in found.items()
     ]  # fmt: skip
     headers = ["entry", "stage", "device", "dtype", "D/Dv", "GQA", "mask", "lengths", "candidate", "ms", "tested"]
-    where = "the package" if shipped else tuned.store().directory
+    where = "the package" if shipped else tuned.store().directory or "no store: PARALLAX_STORE=off"
     text = f"{tabulate(rows, headers=headers, disable_numparse=True)}\n{len(found)} entries in {where}"
     _print(as_json, {name: dataclasses.asdict(entry) for name, entry in found.items()}, text)
 
@@ -434,7 +450,9 @@ def store_show(entry: str, as_json: bool) -> None:
     entries = {**tuned.shipped(), **tuned.store().entries()}
     found = [name for name in entries if name.startswith(entry)]
     if len(found) != 1:
-        raise InputError(f"ENTRY must begin one entry's name, but {entry!r} begins {len(found)}. See: store list.")
+        raise InputError(
+            f"ENTRY must begin the name of one entry, but {len(found)} begin with {entry!r}. See: store list [--shipped]."
+        )
     data = {"name": found[0], **dataclasses.asdict(entries[found[0]])}
     _print(as_json, data, json.dumps(data, indent=2))
 

@@ -39,7 +39,7 @@ def backend(
         InputError: an unknown mode or an unknown ``parallax.`` option.
     """
     from .lowering import register_lowerings
-    from .lowering.torch_compat import compile_fx
+    from .lowering.torch_compat_inductor import compile_fx
 
     if mode is not None and mode not in _MODES:
         raise InputError(f"mode must be one of {', '.join(_MODES)}, but got {mode!r}.")

@@ -28,14 +28,16 @@ from .attention import (
     _uniform,
     _warn_unfused,
 )
+from .block_masks import visited_blocks
 from .cache_validation import check_call, check_positions, check_values
-from .errors import InputTypeError
+from .errors import InputError
 from .lowering import decode as lowered
 from .lowering import decode_blocks, probes
 from .lowering.append import append
 from .lowering.cache_key import CACHE_SALT, cache_salt
 from .lowering.operator import statistics_dtype
-from .lowering.torch_compat import mark_static, raise_input
+from .lowering.torch_compat_dynamo import mark_static
+from .lowering.torch_compat_errors import raise_input
 from .masks import reach
 from .spec import PARALLAX, SOFTMAX, AttentionSpec, Gradient, Solved
 
@@ -75,20 +77,18 @@ def decode(
     Args:
         query: ``[B, Hq, Lq, D]``, bfloat16, float16, float32 (uncompiled also float64). ``Hq`` is a multiple of ``Hkv``.
         key_cache: ``[B, Hkv, capacity, D]``, or with a page table ``[pages, page size, Hkv, D]``; query's dtype or
-        float8_e4m3fn.
-            The last dimension must be contiguous.
+            float8_e4m3fn. The last dimension must be contiguous.
         value_cache: the same with ``Dv``.
         probe: ``[B, Hq, Lq, D]`` for a learned probe.
         spec: the member; None means PARALLAX with a probe and SOFTMAX without. Its mask may be any; under a
             ``plx.masks.sliding_window`` the keys before the window are not read.
         key, value: ``[B, Hkv, Lnew, D]`` and ``Dv``, written into the caches in place behind each sequence's keys. What would
-            lie past the capacity, or on a page that does not exist, is left out.
+            lie past the capacity of its sequence, or on a page that does not exist, is left out.
         cache_seqlens: keys of each sequence before the append, int32 or int64 ``[B]`` on query's device, or one int.
-        Not updated.
-            A sequence without keys gives zeros.
+            Not updated. A sequence without keys gives zeros.
         page_table: int32 or int64 ``[B, most pages of a sequence]``: vLLM's block table;
-        :func:`~parallax_compile.caches.flex_pages`
-            sees the cache of flex_attention's ``PagedAttention`` as pages. The page size must be a multiple of 16.
+            :func:`~parallax_compile.caches.flex_pages` sees the cache of flex_attention's ``PagedAttention`` as pages. The page
+            size must be a multiple of 16.
         k_scale, v_scale: factors of 8-bit caches: a number, or a tensor that broadcasts to ``[B, Hkv]``. A key is
             ``k_scale * key_cache``; appended keys are divided by it.
         scale: factor of the scores; None means ``1/sqrt(D)``.
@@ -112,8 +112,8 @@ def decode(
     """
     if spec is None:
         spec = SOFTMAX if probe is None else PARALLAX
-    if not isinstance(spec, AttentionSpec):
-        raise_input(InputTypeError, f"spec must be an AttentionSpec, but got {type(spec).__name__}.")
+    validation.check_spec(spec)
+    validation.check_flag("check", check)
     check_call(
         query,
         key_cache,
@@ -132,6 +132,12 @@ def decode(
     validation.check_mods(spec, score_mod, covariance_mod)
     validation.check_ridge(ridge, spec, query)
     request = _aux_request(return_lse, return_aux, spec)
+    if request.state:
+        raise_input(
+            InputError,
+            "return_aux asks for state, which a call against a cache does not make. plx.decode_state goes on from the state of "
+            "plx.attention.",
+        )
     compiled = torch.compiler.is_dynamo_compiling()
     check_positions(block_mask, query, lowered.capacity_of(key_cache, page_table))
     if check:
@@ -150,7 +156,7 @@ def decode(
     score_mod = _compose(spec.score_mod, score_mod)
     covariance_mod = _compose(spec.covariance_mod, covariance_mod)
     if not compiled:
-        _warn_unfused()
+        _warn_unfused("plx.decode")
     call = _Call(
         query, key_cache, value_cache, probe, spec, score_mod, covariance_mod, block_mask, scale, ridge, kernel_options
     )
@@ -207,7 +213,7 @@ def _dense(call: _Call, cached: _Cached, dtype: torch.dtype) -> _Call:
     value = lowered.gathered(call.value, cached.page_table, cached.value_scale, total, dtype)
     mask_mod = _everything if call.spec.mask_mod is None else call.spec.mask_mod
     if call.block_mask is not None:
-        mask_mod = _both(call.spec.mask_mod, _visits(call, total).predicate())
+        mask_mod = _both(call.spec.mask_mod, visited_blocks(call.block_mask, total, call.query.size(2)).predicate())
     spec = call.spec.replace(
         mask_mod=_bound(lowered.within_keys(mask_mod, rows), total), score_mod=None, covariance_mod=None
     )
@@ -230,13 +236,6 @@ def _bound(mod: Any, total: Tensor) -> Any:
     return bound
 
 
-def _visits(call: _Call, total: Tensor) -> decode_blocks.Visits:
-    blocks = call.block_mask
-    assert blocks is not None
-    lists = (blocks.kv_num_blocks, blocks.kv_indices, blocks.full_kv_num_blocks, blocks.full_kv_indices)
-    return decode_blocks.visits(lists, *blocks.BLOCK_SIZE, blocks.mask_mod, total, call.query.size(2))
-
-
 def _both(first: Any, second: Any) -> Any:
     """What two masks allow, of which the first may be None."""
     if first is None:
@@ -254,7 +253,7 @@ def _mask(call: _Call, cached: _Cached) -> tuple:
     if call.block_mask is None:
         return None, None, None, None, 1, _everything if own is None else own
     query, total = call.query, _total(call, cached)
-    found = _visits(call, total)
+    found = visited_blocks(call.block_mask, total, query.size(2))
     q_heads, rows = query.size(1), query.size(2)
     kv_heads = call.key.size(1 if cached.page_table is None else 2)
     lists = decode_blocks.lists_of(found, kv_heads, total, rows, reach(own), asked_everywhere=own is not None)
@@ -270,7 +269,7 @@ def _reference(call: _Call, cached: _Cached) -> tuple[Tensor, AuxOutput]:
 
 def _fused(call: _Call, cached: _Cached) -> tuple[Tensor, AuxOutput]:
     query, spec = call.query, call.spec
-    validation.check_compiled(query, call.value, spec)
+    validation.check_compiled(query, call.value, spec, call="plx.decode")
     for tensor in (query, call.key, call.value):
         for dim in (-3, -2, -1):
             if dim != -2 or tensor is query or cached.page_table is not None:

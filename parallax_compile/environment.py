@@ -33,7 +33,7 @@ def environment() -> dict[str, Any]:
         "gpus": _gpus(),
         "default target": _target(),
         **_tools(),
-        "store": str(tuned.store().directory),
+        "store": str(tuned.store().directory or "off"),
         "store entries": len(tuned.store().entries()),
         "shipped entries": len(tuned.shipped()),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,23 +12,17 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from . import mask_pictures, masks, validation
-from .block_masks import block_kinds, combined_block_mask, own_lists
-from .cache_validation import check_call
+from .block_masks import block_kinds, combined_block_mask, own_lists, visited_blocks
+from .cache_validation import check_call, check_length_values, check_positions
 from .errors import UnsupportedError
 from .lowering.candidates import padded
+from .lowering.decode import capacity_of
+from .lowering.decode_blocks import lists_of
 from .lowering.decode_candidates import decode_candidates
-from .lowering.plan import (
-    EXPECTED_ITERATIONS,
-    Cost,
-    Cut,
-    Plan,
-    Problem,
-    Stage,
-    decode_cut,
-    make_decode_plan,
-    make_plan,
-    splits_keys,
-)
+from .lowering.plan import make_decode_plan, make_plan
+from .lowering.plan_solve import EXPECTED_ITERATIONS
+from .lowering.plan_split import Cut, decode_cut, splits_keys
+from .lowering.plan_stages import Cost, Plan, Problem, Stage
 from .lowering.targets import Target, resolve
 from .spec import AttentionSpec, Gradient, Solved
 
@@ -96,7 +91,7 @@ class Explanation:
         """Write the mask's picture as PNG (needs matplotlib, the extra ``viz``).
 
         Raises:
-            InputError: the call has no mask.
+            InputError: the call has no mask; the file cannot be written.
             UnsupportedError: matplotlib is not installed.
         """
         return mask_pictures.save(self.blocks, path, self.spec.name or "variant")
@@ -248,6 +243,7 @@ def explain(
         InputError, InputTypeError, UnsupportedError: as the call itself would; ``kernels`` without triton, or for a CPU.
         ValueError: an unknown target.
     """
+    validation.check_spec(spec)
     validation.check_tensors(query, key, value, probe, spec, enable_gqa=True)
     validation.check_scale(scale, spec)
     validation.check_mods(spec, score_mod, covariance_mod)
@@ -339,35 +335,58 @@ def explain_decode(
     value_cache: Tensor,
     probe: Tensor | None = None,
     *,
-    cache_seqlens: int | None = None,
+    cache_seqlens: Tensor | int | None = None,
     page_table: Tensor | None = None,
+    score_mod: Any = None,
+    covariance_mod: Any = None,
+    block_mask: BlockMask | None = None,
     target: str = "auto",
 ) -> Explanation:
     """The plan of ``decode(query, key_cache, value_cache, probe, spec=spec, ...)``, without running or compiling it.
 
     Args:
-        spec, query, key_cache, value_cache, probe, page_table: as for :func:`~parallax_compile.decode`; only shapes, dtypes and
-            devices are read.
-        cache_seqlens: keys of each sequence, for the costs; None is the capacity.
+        spec, query, key_cache, value_cache, probe, page_table, score_mod, covariance_mod, block_mask: as for
+            :func:`~parallax_compile.decode`; of tensors only shapes, dtypes and devices are read, of a block mask its lists.
+        cache_seqlens: keys of each sequence with those that the call appends, for the costs; None is the capacity.
         target: as for :func:`explain`.
+
+    Returns:
+        the plan; its ``kv_length`` is the keys that a head reads, of sequences of different lengths the mean. Its picture is
+        the row of a block mask's blocks that the first sequence visits.
 
     Raises:
         InputError, InputTypeError, UnsupportedError: as the call itself would.
     """
-    paged = page_table is not None
-    capacity = key_cache.size(2) if page_table is None else key_cache.size(1) * page_table.size(1)
-    length = capacity if cache_seqlens is None else cache_seqlens
+    validation.check_spec(spec)
+    length = 0 if cache_seqlens is None else cache_seqlens
     check_call(query, key_cache, value_cache, probe, spec, None, None, length, page_table, None, None, None)
-    validation.check_compiled(query, value_cache, spec)
+    validation.check_mods(spec, score_mod, covariance_mod)
+    validation.check_compiled(query, value_cache, spec, "cpu" if target == "cpu" else "cuda", call="plx.decode")
+    capacity = capacity_of(key_cache, page_table)
+    check_positions(block_mask, query, capacity)
+    if isinstance(cache_seqlens, Tensor):
+        check_length_values(cache_seqlens, capacity, 0)
     resolved = None if target == "cpu" else resolve(target)
-    behind = masks.reach(spec.mask_mod)
-    most_keys = capacity if behind is None else min(capacity, behind + query.size(2))
+    kv_heads, rows = key_cache.size(1 if page_table is None else 2), query.size(2)
+    total = torch.as_tensor(capacity if cache_seqlens is None else cache_seqlens, dtype=torch.int64)
+    total = total.to("cpu" if block_mask is None else block_mask.kv_indices.device).expand(query.size(0))
+    behind, blocks = masks.reach(spec.mask_mod), None
+    if block_mask is not None:
+        found = visited_blocks(block_mask, total, rows)
+        some, _, whole, _ = lists_of(found, kv_heads, total, rows, behind, asked_everywhere=spec.mask_mod is not None)
+        count = some if whole is None else some + whole
+        keys_read = torch.minimum(count * found.kv_block, total[:, None, None])
+        most_keys = -(-capacity // found.kv_block) * found.kv_block
+        blocks = found.kinds[0, 0, :, : most_keys // found.kv_block] if total.numel() else None
+    else:
+        most_keys = capacity if behind is None else min(capacity, behind + rows)
+        keys_read = total.clamp(max=most_keys)
     problem = Problem(
         batch=query.size(0),
         q_heads=query.size(1),
-        kv_heads=key_cache.size(2 if paged else 1),
-        q_length=query.size(2),
-        kv_length=min(length, most_keys),
+        kv_heads=kv_heads,
+        q_length=rows,
+        kv_length=math.ceil(keys_read.double().mean()) if keys_read.numel() else 0,
         width=query.size(3),
         value_width=value_cache.size(3),
         dtype=str(query.dtype).removeprefix("torch."),
@@ -375,16 +394,17 @@ def explain_decode(
         device="cpu" if resolved is None else "cuda",
         has_probe=spec.probe.kind != "zero",
         intercept=spec.intercept,
-        score_mod=spec.score_mod is not None,
-        covariance_mod=spec.covariance_mod is not None,
-        mask=spec.mask_mod is not None,
+        score_mod=score_mod is not None or spec.score_mod is not None,
+        covariance_mod=covariance_mod is not None or spec.covariance_mod is not None,
+        mask=spec.mask_mod is not None or block_mask is not None,
         uniform=spec.bandwidth.kind == "infinite",
         probe_steps=_probe_steps(spec),
         solved=isinstance(spec.probe, Solved),
         cache_itemsize=key_cache.dtype.itemsize,
     )
     plan = make_decode_plan(problem, _cut(problem, resolved, most_keys))
-    return Explanation(spec, plan, resolved, tuple(_explain_stage(plan, stage, resolved) for stage in plan.stages))
+    stages = tuple(_explain_stage(plan, stage, resolved) for stage in plan.stages)
+    return Explanation(spec, plan, resolved, stages, blocks=blocks)
 
 
 def _cut(problem: Problem, target: Target | None, most_keys: int) -> Cut:

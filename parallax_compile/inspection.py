@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from . import validation
 from .attention import attention
 from .errors import InputError
 from .lowering.codegen import GeneratedCode, generate
@@ -126,8 +127,17 @@ class Inspection:
 
         Returns:
             the paths of the files, in the order of the kernels.
+
+        Raises:
+            InputError: the directory cannot be made or written.
         """
         folder = Path(directory)
+        try:
+            return self._write(folder)
+        except OSError as error:
+            raise InputError(f"cannot write the kernels to {folder}: {error.strerror or error}.") from error
+
+    def _write(self, folder: Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         written: list[Path] = []
 
@@ -265,6 +275,7 @@ def inspect(
             kernel_options=kernel_options,
         )
 
+    validation.check_spec(spec)
     code = generate(call, (query, key, value, probe), target=target, candidate=candidate, backward=backward)
     return _inspection(spec, code)
 

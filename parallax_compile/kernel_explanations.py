@@ -15,7 +15,7 @@ from .explanation import Explanation, KernelExplanation, StageExplanation
 from .lowering.codegen import GeneratedKernel, generate
 from .lowering.cubin import compile_kernel
 from .lowering.model import efficiency
-from .lowering.plan import Plan
+from .lowering.plan_stages import Plan
 from .lowering.space import staying
 from .lowering.targets import Target
 from .lowering.tuned import Answer

@@ -47,7 +47,7 @@ def save(blocks: Tensor | None, path: str | Path, title: str) -> Path:
     """Write the picture as PNG.
 
     Raises:
-        InputError: there is no mask.
+        InputError: there is no mask; the file cannot be written.
         UnsupportedError: matplotlib is not installed.
     """
     if blocks is None:
@@ -63,5 +63,8 @@ def save(blocks: Tensor | None, path: str | Path, title: str) -> Path:
     axes.imshow(blocks.to(torch.float32).cpu().numpy(), cmap="Blues", vmin=0, vmax=2, interpolation="nearest")
     axes.set(title=f"{title}: dark full, light partial, white empty", xlabel="key blocks", ylabel="query blocks")
     path = Path(path)
-    figure.savefig(path, format="png", dpi=120)
+    try:
+        figure.savefig(path, format="png", dpi=120)
+    except OSError as error:
+        raise InputError(f"cannot write the mask's picture to {path}: {error.strerror or error}.") from error
     return path

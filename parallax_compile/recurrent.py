@@ -17,9 +17,10 @@ from .errors import InputError, InputTypeError, UnsupportedError
 from .lowering.cache_key import CACHE_SALT
 from .lowering.operator import statistics_dtype
 from .lowering.scan import State
-from .lowering.scan_step import read, scan_step
-from .lowering.torch_compat import raise_input
+from .lowering.scan_step import of_query_heads, read, scan_step
+from .lowering.torch_compat_errors import raise_input
 from .spec import AttentionSpec, Gradient, Solved
+from .states import check_parts, part_shapes
 
 __all__ = ["decode_state", "empty_state"]
 
@@ -49,17 +50,8 @@ def empty_state(
     _check_member(spec)
     value_width = width if value_width is None else value_width
 
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(batch, kv_heads, *shape, dtype=dtype, device=device)
-
-    probe = spec.probe.kind
-    return State(
-        count=torch.zeros(batch, dtype=dtype, device=device),
-        key_value=None if probe == "zero" else zeros(width, value_width),
-        key_sum=None if probe == "zero" else zeros(width),
-        value_sum=zeros(value_width),
-        key_key=zeros(width, width) if probe in ("solved", "gradient") else None,
-    )
+    shapes = part_shapes(spec, batch, kv_heads, width, value_width)
+    return State(**{name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()})
 
 
 def decode_state(
@@ -93,8 +85,7 @@ def decode_state(
         InputTypeError: (a TypeError) a wrong type or dtype.
         UnsupportedError: a gradient is wanted (``plx.attention`` with ``initial_state`` has one).
     """
-    if not isinstance(spec, AttentionSpec):
-        raise_input(InputTypeError, f"spec must be an AttentionSpec, but got {type(spec).__name__}.")
+    validation.check_spec(spec)
     _check_member(spec)
     validation.check_tensors(query, key, value, probe, spec, True)
     validation.check_ridge(ridge, spec, query)
@@ -150,15 +141,11 @@ def _taken_in(sums: State, key: Tensor, value: Tensor) -> State:
     )
 
 
-def _of_query_heads(part: Tensor, group: int) -> Tensor:
-    return part.repeat_interleave(group, 1) if group > 1 else part
-
-
 def _read(sums: State, probe: Tensor | None, intercept: bool, group: int) -> Tensor:
     """``out [B, Hq, Dv]`` of one row."""
     assert sums.value_sum is not None
     if probe is None:
-        return _of_query_heads(sums.value_sum, group) / sums.count[:, None, None]
+        return of_query_heads(sums.value_sum, group) / sums.count[:, None, None]
     assert sums.key_value is not None
     assert sums.key_sum is not None
     return read(sums.key_value, sums.key_sum, sums.value_sum, sums.count, probe, intercept)
@@ -172,7 +159,7 @@ def _found(
     group = query.size(1) // sums.key_sum.size(1)  # type: ignore[union-attr]
     inverse = 1.0 / sums.count[:, None, None, None]
     assert sums.key_key is not None
-    matrix = _of_query_heads(sums.key_key * inverse, group)
+    matrix = of_query_heads(sums.key_key * inverse, group)
     given = kind.ridge if ridge is None else ridge
     if isinstance(given, Tensor):
         lam = given.to(query.dtype).expand(rows)[:, :, row, None]
@@ -182,7 +169,7 @@ def _found(
         lam = lam * inverse[..., 0]
     right = query
     if spec.intercept:
-        mean = _of_query_heads(sums.key_sum, group) * inverse[..., 0]  # type: ignore[arg-type]
+        mean = of_query_heads(sums.key_sum, group) * inverse[..., 0]  # type: ignore[arg-type]
         matrix = matrix - mean[..., :, None] * mean[..., None, :]
         right = mean - query
     identity = torch.eye(query.size(-1), dtype=query.dtype, device=query.device)
@@ -221,23 +208,10 @@ def _check_member(spec: AttentionSpec) -> None:
 
 
 def _check_state(state: Any, spec: AttentionSpec, key: Tensor, value: Tensor) -> None:
-    if not isinstance(state, State):
-        raise_input(InputTypeError, f"state must be a plx.State, but got {type(state).__name__}.")
-    heads, width, value_width = (key.size(0), key.size(1)), key.size(3), value.size(3)
-    shapes: dict[str, tuple[int, ...]] = {"count": (key.size(0),), "value_sum": (*heads, value_width)}
-    if spec.probe.kind != "zero":
-        shapes["key_sum"], shapes["key_value"] = (*heads, width), (*heads, width, value_width)
-    if spec.probe.kind in ("solved", "gradient"):
-        shapes["key_key"] = (*heads, width, width)
-    for name, shape in shapes.items():
-        part = getattr(state, name)
-        if not isinstance(part, Tensor) or tuple(part.shape) != shape:
-            found = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
-            raise_input(InputError, f"state.{name} must be a tensor {shape} for this spec, but got {found}.")
-        if part.device != key.device:
-            raise_input(InputError, f"state.{name} must be on query's device {key.device}, but got {part.device}.")
-        if part.dtype != statistics_dtype(key):
+    check_parts("state", state, spec, key, value)
+    wide = statistics_dtype(key)
+    for name, part in zip(State._fields, state, strict=True):
+        if part is not None and part.dtype != wide:
             raise_input(
-                InputTypeError,
-                f"state.{name} must be {statistics_dtype(key)} with queries of {key.dtype}, but got {part.dtype}.",
+                InputTypeError, f"state.{name} must be {wide} with queries of {key.dtype}, but got {part.dtype}."
             )

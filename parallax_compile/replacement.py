@@ -20,8 +20,9 @@ from torch.overrides import TorchFunctionMode
 from . import masks
 from .attention import attention
 from .errors import InputError, InputTypeError, UnsupportedError
-from .lowering.torch_compat import raise_input, skip_frames_of
 from .lowering.torch_compat_calls import FLEX_ATTENTION, flex_call, flex_result, multi_head_attention
+from .lowering.torch_compat_dynamo import skip_frames_of
+from .lowering.torch_compat_errors import raise_input
 from .spec import AttentionSpec
 
 __all__ = ["check_member", "replacing", "scaled_dot_product_attention", "without_fast_path"]

@@ -44,20 +44,20 @@ class Shape:
         """
         if isinstance(shape, Shape):
             return shape
-        expected = "B,H,L,D, where H, L and D may be pairs as in 2,32:8,4096,128"
+        given, expected = shape, "B,H,L,D, where H, L and D may be pairs as in 2,32:8,4096,128"
         if isinstance(shape, str):
             try:
                 shape = [tuple(int(size) for size in part.split(":")) for part in shape.replace("x", ",").split(",")]
             except ValueError as error:
-                raise InputError(f"shape must be {expected}, but got {shape!r}.") from error
+                raise InputError(f"shape must be {expected}, but got {given!r}.") from error
         if not isinstance(shape, Sequence):
             raise InputTypeError(f"shape must be a string or a tuple {expected}, but got {type(shape).__name__}.")
         parts = [tuple(part) if isinstance(part, Sequence) else (part,) for part in shape]
         sizes = [size for part in parts for size in part]
         if len(parts) != 4 or len(parts[0]) != 1 or any(len(part) not in (1, 2) for part in parts):
-            raise InputError(f"shape must be {expected}, but got {tuple(shape)}.")
+            raise InputError(f"shape must be {expected}, but got {given!r}.")
         if any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in sizes):
-            raise InputError(f"sizes of a shape must be integers of at least 1, but got {tuple(shape)}.")
+            raise InputError(f"sizes of a shape must be integers of at least 1, but got {given!r}.")
         (batch,), heads, lengths, widths = parts
         if heads[0] % heads[-1]:
             raise InputError(f"query heads must be a multiple of key heads, but got {heads[0]} and {heads[-1]}.")

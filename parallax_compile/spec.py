@@ -226,9 +226,12 @@ class AttentionSpec:
         Raises:
             ValueError: an unknown key, kind, library mod or function.
         """
-        unknown = set(data) - {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(data, Mapping):
+            raise ValueError(f"a spec is an object of fields, but got {type(data).__name__}.")
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(map(str, set(data) - set(known)))
         if unknown:
-            raise ValueError(f"a spec has no {', '.join(sorted(unknown))}.")
+            raise ValueError(f"a spec has no field {', '.join(unknown)}; it has {', '.join(known)}.")
         return cls(
             bandwidth=_from_kind("bandwidth", data.get("bandwidth", {"kind": "finite"}), _BANDWIDTHS),
             probe=_from_kind("probe", data.get("probe", {"kind": "learned"}), _PROBES),

@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,13 +20,12 @@ from . import validation
 from .attention import attention
 from .errors import InputError, InputTypeError, UnsupportedError
 from .lowering import tuned
+from .lowering.space import EFFORTS
 from .lowering.store import Entry, Store
 from .shapes import Shape, dtype_of
 from .spec import AttentionSpec
 
 __all__ = ["TunedStage", "TuningReport", "autotune"]
-
-_EFFORTS = ("quick", "normal", "full")  # in the order of how much they try
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class TuningReport:
                 stage.stage,
                 str(stage.shape),
                 stage.dtype,
-                "-" if stage.candidate is None else _candidate_text(stage.candidate),
+                "-" if stage.candidate is None else candidate_text(stage.candidate),
                 _number(stage.milliseconds, "{:.4f}"),
                 _number(stage.default_milliseconds, "{:.4f}"),
                 _number(stage.speedup, "{:.3f}"),
@@ -154,7 +153,7 @@ def autotune(
         store: where winners go; None is the user's.
         measures: None times on the GPU. ``"model"`` ranks by the resource model, without a GPU; such winners are marked as
             untested. Or an object like :class:`~.lowering.search.Measures`.
-        workers: compiling processes; None is as many as the machine has cores and memory for, 0 compiles in this process.
+        workers: compiling processes; None is as many as memory is free for, cores less one at most; 0 compiles in this one.
         again: search also what the store has already.
         progress: show progress on standard error; None does on a terminal, in the first process of a distributed job.
 
@@ -170,14 +169,14 @@ def autotune(
     from .lowering.model import ModelTimer
     from .lowering.targets import resolve
 
-    if not isinstance(spec, AttentionSpec):
-        raise InputTypeError(f"spec must be an AttentionSpec, but got {type(spec).__name__}.")
-    if effort not in _EFFORTS:
-        raise InputError(f"effort must be one of {', '.join(_EFFORTS)}, but got {effort!r}.")
-    if isinstance(measures, str) and measures != "model":
-        raise InputError(f"measures must be None, 'model' or an object, but got {measures!r}.")
-    problems = [(shape, dtype) for dtype in _listed(dtypes, dtype_of) for shape in _shapes(shapes)]
-    wanted = None if stages == "all" else set(_listed(stages, str))
+    validation.check_spec(spec)
+    if effort not in EFFORTS:
+        raise InputError(f"effort must be one of {', '.join(EFFORTS)}, but got {effort!r}.")
+    _check_options(store, measures, workers)
+    for name, flag in (("backward", backward), ("again", again)):
+        validation.check_flag(name, flag)
+    problems = [(shape, dtype) for dtype in listed("dtypes", dtypes, dtype_of) for shape in listed_shapes(shapes)]
+    wanted = None if stages == "all" else set(listed("stages", stages, _known_stage))
     for shape, dtype in problems:
         inputs = shape.tensors(spec, dtype)
         probe = inputs[3] if len(inputs) == 4 else None
@@ -240,7 +239,7 @@ def _one(
     """Tune one shape; the stages that the call has."""
     from .lowering.candidates import stages
     from .lowering.search import Search
-    from .lowering.space import EFFORTS, explore
+    from .lowering.space import explore
 
     def call(*tensors: Tensor) -> Tensor:
         return attention(*tensors, spec=spec, enable_gqa=True)
@@ -252,7 +251,7 @@ def _one(
 
     show(f"{shape} {_name(dtype)}: tracing", 0, 1)
     has_probe = spec.probe.kind != "zero"
-    limit = EFFORTS[effort]
+    limit = EFFORTS[effort].candidates
     spaces = {
         # Some that are offered do not fit the mask's blocks or the tensors' layout.
         stage: explore(stage, shape.width, shape.value_width, dtype.itemsize, has_probe, target)[: limit and 2 * limit]
@@ -290,12 +289,9 @@ def _one(
 
 def _enough(entry: Entry, effort: str, tested: bool) -> bool:
     """Whether a search of this effort has nothing to add to an entry."""
-    done = entry.result.get("effort")
-    return (
-        done in _EFFORTS
-        and _EFFORTS.index(done) >= _EFFORTS.index(effort)
-        and (bool(entry.provenance.get("tested")) or not tested)
-    )
+    done, names = entry.result.get("effort"), list(EFFORTS)
+    tested = bool(entry.provenance.get("tested")) or not tested
+    return done in names and names.index(done) >= names.index(effort) and tested
 
 
 def _stage(item: Any, shape: Shape, dtype: torch.dtype, tested: bool) -> TunedStage:
@@ -372,18 +368,46 @@ def _check_gpu(target: str, resolved: Any) -> None:
         )
 
 
-def _listed(given: Any, convert: Any) -> list[Any]:
+def _check_options(store: Any, measures: Any, workers: Any) -> None:
+    if store is not None and not isinstance(store, Store):
+        raise InputTypeError(
+            f"store must be a parallax_compile.lowering.store.Store or None, but got {type(store).__name__}. "
+            "PARALLAX_STORE names the user's folder."
+        )
+    if measures not in (None, "model") and not all(hasattr(measures, name) for name in ("execute", "load", "sample")):
+        raise InputError(f"measures must be None, 'model' or an object like search.Measures, but got {measures!r}.")
+    if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 0):
+        raise InputError(f"workers must be an integer of at least 0 or None, but got {workers!r}.")
+
+
+def _known_stage(name: Any) -> str:
+    from .lowering.candidates import stages
+
+    if name not in stages():
+        raise InputError(f"stages must be of {', '.join(stages())}, or 'all', but got {name!r}.")
+    return str(name)
+
+
+def listed(name: str, given: Any, convert: Callable[[Any], Any]) -> list[Any]:
+    """One or several of an argument, each converted.
+
+    Raises:
+        InputError: none.
+    """
     several = isinstance(given, Sequence) and not isinstance(given, str)
+    if several and not given:
+        raise InputError(f"{name} must name at least one, but got none.")
     return [convert(item) for item in (given if several else [given])]
 
 
-def _shapes(given: Any) -> list[Shape]:
-    """One shape or several: a tuple whose first item is an int is one."""
-    one = isinstance(given, (str, Shape)) or (isinstance(given, Sequence) and bool(given) and isinstance(given[0], int))
-    shapes = [given] if one else list(given)
-    if not shapes:
-        raise InputError("shapes must name at least one shape, but got none.")
-    return [Shape.of(shape) for shape in shapes]
+def listed_shapes(given: Any) -> list[Shape]:
+    """One shape or several: a tuple whose first item is an int is one.
+
+    Raises:
+        InputError, InputTypeError: none, or not shapes.
+    """
+    one = not isinstance(given, Sequence) or isinstance(given, str) or (bool(given) and isinstance(given[0], int))
+    return listed("shapes", [given] if one else given, Shape.of)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -394,13 +418,16 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None or value != value else form.format(value)
 
 
-def _candidate_text(candidate: dict[str, Any]) -> str:
-    tile = f"{candidate['block_m']}x{candidate['block_n']}, {candidate['num_warps']} warps, {candidate['num_stages']} stages"
-    return (
-        tile
-        + (", TMA" if candidate.get("tma") else "")
-        + (f", {candidate['held']} held" if candidate.get("held") else "")
-    )
+def candidate_text(candidate: Mapping[str, Any]) -> str:
+    """A candidate's fields in a line, as the tables of reports and of the store have it."""
+    sizes = "{block_m}x{block_n}, {num_warps} warps, {num_stages} stages"
+    try:
+        text = [sizes.format_map(candidate)]
+    except KeyError:
+        return ", ".join(f"{name} {value}" for name, value in candidate.items())  # of another version's making
+    switches = {"tma": "TMA", "specialized": "specialised", "overlap": "overlapped"}
+    text += [word for name, word in switches.items() if candidate.get(name)]
+    return ", ".join([*text, *([f"{candidate['held']} held"] if candidate.get("held") else [])])
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """What a call of :func:`~parallax_compile.attention` may be: every user error, found before anything is compiled.
 
-The checks are plain Python that Dynamo can trace; :func:`~parallax_compile.lowering.torch_compat.raise_input` makes a
+The checks are plain Python that Dynamo can trace; :func:`~parallax_compile.lowering.torch_compat_errors.raise_input` makes a
 failed one surface as itself, compiled or not.
 """
 
@@ -16,13 +16,15 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from .block_masks import own_lists
 from .errors import InputError, InputTypeError, UnsupportedError
-from .lowering.plan import ONLY_OF_THE_CORE, WIDEST_DIRECT
-from .lowering.scan import State
-from .lowering.torch_compat import check_arity, raise_input
+from .lowering.plan_solve import WIDEST_DIRECT
+from .lowering.plan_split import ONLY_OF_THE_CORE
+from .lowering.torch_compat_errors import check_arity, raise_input
 from .spec import AttentionSpec
+from .states import check_parts
 
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 MAX_WIDTH = 256
+MOST_WARPS = 32  # of a program: 1024 threads
 _SCORE_ARGUMENTS = ("score", "b", "h", "q_idx", "kv_idx")
 KERNEL_OPTIONS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "USE_TMA", "HELD_TILES", "WARP_SPECIALIZED")
 CALL_OPTIONS = ("SPLIT_KEYS",)  # of the whole call: without a prefix
@@ -43,6 +45,7 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, probe: Any, spec: A
             continue
         if not isinstance(tensor, Tensor):
             raise_input(InputTypeError, f"{name} must be a tensor, but got {type(tensor).__name__}.")
+        check_strided(name, tensor)
         if tensor.dim() != 4:
             raise_input(
                 InputError, f"{name} must be 4-D, [batch, heads, length, width], but got shape {tuple(tensor.shape)}."
@@ -112,11 +115,34 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, probe: Any, spec: A
             )
 
 
+def check_strided(name: str, tensor: Tensor) -> None:
+    """``tensor`` is dense, with strides: neither sparse nor nested."""
+    if tensor.is_nested or tensor.layout != torch.strided:
+        found = "a nested one" if tensor.is_nested else f"layout {tensor.layout}"
+        raise_input(
+            InputTypeError,
+            f"{name} must be a dense, strided tensor, but got {found}. Make it dense: pad sequences, "
+            "or pack them under plx.masks.document.",
+        )
+
+
+def check_flag(name: str, flag: Any) -> None:
+    """A switch is a bool: a tensor, or text, would be taken for True."""
+    if not isinstance(flag, bool):
+        raise_input(InputTypeError, f"{name} must be a bool, but got {type(flag).__name__}.")
+
+
+def check_spec(spec: Any) -> None:
+    """``spec`` is a declaration."""
+    if not isinstance(spec, AttentionSpec):
+        raise_input(InputTypeError, f"spec must be an AttentionSpec, but got {type(spec).__name__}.")
+
+
 def check_scale(scale: Any, spec: AttentionSpec) -> None:
     """``scale`` is a finite number, and is not given at infinite bandwidth, where there is no score to scale."""
     if scale is None:
         return
-    if isinstance(scale, Tensor) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
+    if isinstance(scale, (bool, Tensor)) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
         raise_input(InputTypeError, f"scale must be a number or None, but got {type(scale).__name__}.")
     if isinstance(scale, float) and not -math.inf < scale < math.inf:  # math.isfinite takes no symbolic float
         raise_input(InputError, f"scale must be finite, but got {scale}. None means 1/sqrt(D).")
@@ -197,7 +223,7 @@ def check_ridge(ridge: Any, spec: AttentionSpec, query: Tensor) -> None:
         raise_input(
             InputError, f"ridge needs a solved or gradient probe, but the spec's probe is {spec.probe.kind}. Drop it."
         )
-    if isinstance(ridge, (int, float)):
+    if isinstance(ridge, (int, float)) and not isinstance(ridge, bool):
         if not (math.isfinite(ridge) and ridge > 0):
             raise_input(InputError, f"ridge must be positive and finite, but got {ridge}.")
         return
@@ -229,30 +255,8 @@ def check_state(state: Any, spec: AttentionSpec, query: Tensor, key: Tensor, val
             "covariance_mod; and "
             f"equal lengths under a causal mask (got {query.size(2)} and {key.size(2)}).",
         )
-    if state is None:
-        return
-    if not isinstance(state, State):
-        raise_input(InputTypeError, f"initial_state must be a plx.State or None, but got {type(state).__name__}.")
-    heads = (key.size(0), key.size(1))
-    width, value_width = key.size(3), value.size(3)
-    shapes = {"count": (key.size(0),), "value_sum": (*heads, value_width)}
-    if spec.probe.kind != "zero":
-        shapes["key_sum"], shapes["key_value"] = (*heads, width), (*heads, width, value_width)
-    if spec.probe.kind in ("gradient", "solved"):
-        shapes["key_key"] = (*heads, width, width)
-    for name, shape in shapes.items():
-        part = getattr(state, name)
-        if not isinstance(part, Tensor):
-            raise_input(
-                InputError,
-                f"initial_state.{name} must be a tensor {shape} for this spec, but got {type(part).__name__}.",
-            )
-        if tuple(part.shape) != shape:
-            raise_input(InputError, f"initial_state.{name} must have shape {shape}, but got {tuple(part.shape)}.")
-        if part.device != key.device:
-            raise_input(
-                InputError, f"initial_state.{name} must be on query's device {key.device}, but got {part.device}."
-            )
+    if state is not None:
+        check_parts("initial_state", state, spec, key, value)
 
 
 def check_kernel_options(options: Any) -> None:
@@ -284,16 +288,26 @@ def check_kernel_options(options: Any) -> None:
                 f"kernel_options[{name}] is of the kernel that takes all keys at once, but SPLIT_KEYS is True. Drop one.",
             )
         least = 0 if name.endswith("HELD_TILES") else 1
-        if not isinstance(option, int) or option < least:
+        if isinstance(option, bool) or not isinstance(option, int) or option < least:
             raise_input(InputError, f"kernel_options[{name}] must be an integer of at least {least}, but got {option}.")
-        if "BLOCK" in name and (option < 16 or option & (option - 1)):
-            raise_input(InputError, f"kernel_options[{name}] must be a power of two of at least 16, but got {option}.")
+        check_power_of_two(name, option)
+
+
+def check_power_of_two(name: str, option: int) -> None:
+    """Sizes of tiles and numbers of warps, which Triton takes as powers of two only; ``name`` may have a stage's prefix."""
+    power = not option & (option - 1)
+    if "BLOCK" in name and not (power and option >= 16):
+        raise_input(InputError, f"kernel_options[{name}] must be a power of two of at least 16, but got {option}.")
+    if name.endswith("num_warps") and not (power and option <= MOST_WARPS):
+        raise_input(
+            InputError, f"kernel_options[{name}] must be a power of two of at most {MOST_WARPS}, but got {option}."
+        )
 
 
 def check_split_keys(
     spec: AttentionSpec, covariance_mod: bool, gradient: bool, block_mask: Any, query: Tensor, key: Tensor
 ) -> None:
-    """A call that asks for its keys to be split can have it (:func:`.lowering.plan.splits_keys`)."""
+    """A call that asks for its keys to be split can have it (:func:`.lowering.plan_split.splits_keys`)."""
     given = "kernel_options[SPLIT_KEYS] is True, but"
     if gradient:
         raise_input(
@@ -338,9 +352,11 @@ def check_scan_options(options: Any) -> None:
         )
 
 
-def check_compiled(query: Tensor, value: Tensor, spec: AttentionSpec, on: str | None = None) -> None:
+def check_compiled(
+    query: Tensor, value: Tensor, spec: AttentionSpec, on: str | None = None, call: str = "plx.attention"
+) -> None:
     """What the compiled path covers on query's device, or on the kind ``on``; the rest is the reference's, uncompiled."""
-    instead = "Call plx.attention outside of torch.compile: the reference covers it."
+    instead = f"Call {call} outside of torch.compile: the reference covers it."
     device = query.device.type if on is None else on
     if device not in ("cpu", "cuda"):
         raise_input(UnsupportedError, f"compiled attention runs on cpu and cuda, not on {device}. {instead}")

@@ -64,9 +64,18 @@ def test_specs_by_name_json_file_and_attribute(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(sys, "path", list(sys.path))
     assert parse_spec("parallax") == plx.PARALLAX and parse_spec(mine.to_json()) == mine == parse_spec("mine.json")
     assert parse_spec("my_variants:CAPPED") == plx.SOFTMAX and parse_spec("my_variants:Of.inner") == plx.LLA
-    for wrong in ("nope", "{", "my_variants:missing", "no_such_module:x", "my_variants:plx", "none.json"):
-        with pytest.raises(plx.errors.InputError):
-            parse_spec(wrong)
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    (tmp_path / "list.json").write_text("[]")
+    wrong = {
+        "nope": "SPEC must be one of SOFTMAX", "{": "no spec as JSON", "my_variants:missing": "cannot be imported",
+        "no_such_module:x": "No module named", "my_variants:plx": "no AttentionSpec, but module",
+        "none.json": "none.json, which cannot be read: No such file", "broken:x": "ZeroDivisionError: division by zero",
+        ":x": "cannot be imported", '{"width": 1}': "no field width; it has bandwidth", "list.json": "but got list",
+    }  # fmt: skip
+    for text, message in wrong.items():
+        with pytest.raises(plx.errors.InputError, match=message):
+            parse_spec(text)
+        assert re.fullmatch("error: .*\n", run("explain", text, code=2).stderr), "one line, like every other error"
 
 
 def test_family() -> None:
@@ -81,6 +90,12 @@ def test_explain() -> None:
     text = run(*arguments).output
     assert "floor of all stages" in text and "queries down" in text
     assert run_json("explain", "LINEAR", "--mask", "causal", "--target", "cpu")["target"] is None
+    decoding = ("explain", "PARALLAX", "--decode", "--shape", "8,32:8,1:8192,128", "--target", "sm_90")
+    (stage,) = run_json(*decoding)["stages"]
+    assert stage["stage"] == "decode_split" and stage["bound"] == "memory bandwidth"
+    (stage,) = run_json(*decoding, "--mask", "window:1024")["stages"]
+    assert stage["floor_seconds"] < 12e-6
+    assert "leave it out with --decode" in run(*decoding, "--kernels", code=2).stderr
 
 
 def test_explain_with_kernels_tells_level_resources_and_advice(tmp_path: Path) -> None:
@@ -111,6 +126,8 @@ def test_inspect(tmp_path: Path) -> None:
     assert ".target sm_80" in run(*arguments, "--emit", "ptx", "--stage", "core_forward").output
     assert "tt.func" in next(iter(run_json(*arguments, "--emit", "ttir").values()))
     assert "--stage must be one of core_forward" in run(*arguments, "--stage", "typo", code=2).stderr
+    (tmp_path / "file").touch()
+    assert "cannot write the kernels" in run(*arguments, "--out", str(tmp_path / "file" / "x"), code=2).stderr
 
 
 @WITHOUT_GPU
@@ -124,6 +141,8 @@ def test_tune_without_a_gpu_says_what_to_do() -> None:
         (["explain", "PARALLAX", "--shape", "1,2"], 2),
         (["explain", "PARALLAX", "--dtype", "int8"], 2),
         (["explain", "PARALLAX", "--mask", "circle"], 2),
+        (["explain", "PARALLAX", "--mask", "window:many"], 2),
+        (["explain", "PARALLAX", "--mask", "causal", "--shape", "1,1,64,16", "--mask-png", "/nonexistent/mask.png"], 2),
         (["explain", "PARALLAX", "--target", "sm_1"], 2),
         (["explain", "PARALLAX", "--shape", "1,1,64,300"], 3),
         (["check", "--member", "NOBODY"], 2),
@@ -190,6 +209,17 @@ def test_the_store_commands(tmp_path: Path) -> None:
         assert run_json("store", "prune", "--all")["removed"] == 2 and not store.entries()
 
 
+def test_a_store_that_is_off_or_damaged_says_so_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PARALLAX_STORE", "off")
+    Store(tmp_path).export(tmp_path / "none.exported")
+    assert "no store: PARALLAX_STORE=off" in run("store", "list").output
+    assert "no store to add to" in run("store", "import", str(tmp_path / "none.exported"), code=1).stderr
+    monkeypatch.setenv("PARALLAX_STORE", str(tmp_path))
+    (tmp_path / "gpu.json").write_text('{"format"')
+    said = run("store", "list").stderr
+    assert said.startswith("warning: parallax-compile's store: set aside") and said.count("\n") == 1
+
+
 def test_decisions_go_to_the_log_and_to_tlparse(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,6 +242,26 @@ def test_decisions_go_to_the_log_and_to_tlparse(
     artifact = traced["parallax_core_forward_candidate"]
     assert artifact["question"]["stage"] == "core_forward" and artifact["candidates"] and artifact["why"]
     assert any(f"level {level}" in caplog.text for level in ("heuristic", "shipped"))
+
+
+def test_what_has_no_plan_or_candidate_is_logged_too(caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("triton")
+    from parallax_compile.lowering.codegen import generate
+
+    rows, keys, cpu = (torch.empty(1, 2, n, 16, dtype=torch.float16, device="meta") for n in (1, 2048, 64))
+    causal_sums = plx.LINEAR.replace(mask_mod=plx.masks.causal())
+    on_cpu = torch.zeros_like(cpu, dtype=torch.float32, device="cpu")
+    with caplog.at_level("INFO", logger="parallax_compile"), torch.no_grad():
+        generate(lambda q, k, v: plx.attention(q, k, v), [rows, keys, keys], target="sm_90", backward=False)
+        generate(lambda *qkvr: plx.attention(*qkvr, spec=causal_sums), [cpu] * 4, target="sm_90", backward=False)
+        torch.compile(lambda q: plx.attention(q, q, q) + plx.decode(q, q, q, cache_seqlens=64))(on_cpu)
+    for said in (
+        "decode: forward, row chunks",
+        "decode_split: forward, split keys",
+        "scan_product: forward, chunked scan",
+        "core_forward: forward, row chunks",
+    ):
+        assert said in caplog.text
 
 
 def test_the_page_of_transcripts_is_what_the_commands_print(

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from parallax_compile.lowering import counters
-from parallax_compile.lowering.plan import decode_cut
+from parallax_compile.lowering.plan_split import decode_cut
 from support.decoding import Call, random_blocks
 from support.oracle import budget, relative_error
 from torch import Tensor
@@ -103,7 +103,9 @@ def test_no_rows_no_room_no_new_keys() -> None:
     assert decode(query[:, :, :0], cache, cache).shape == (2, 4, 0, 8)
     assert not decode(query, cache[:, :, :0], cache[:, :, :0]).any()
     pages, table = torch.randn(3, 16, 4, 8), torch.empty(2, 0, dtype=torch.int32)
-    assert not decode(query, pages, pages, page_table=table, key=query, value=query).any()
+    assert not decode(query, pages, pages, page_table=table).any()
+    with pytest.raises(InputError, match=r"key has 1 new keys, .* capacity of 0"):
+        decode(query, pages, pages, page_table=table, key=query, value=query)
     none = query[:, :, :0]
     assert torch.equal(decode(query, cache, cache, key=none, value=none), decode(query, cache, cache))
     assert torch.equal(plx.decode(query, cache, cache, cache_seqlens=3)[:1], decode(query, cache, cache)[:1])
@@ -336,6 +338,23 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"kernel_options": {"MERGE": "later"}}, InputError, "'stage'"),
     ({"page_table": torch.zeros(2, 3, dtype=torch.int32)}, InputError, "multiple of 16"),
     ({"page_table": torch.zeros(2, 3)}, InputTypeError, "int32 or int64"),
+    ({"query": torch.randn(2, 4, 1, 32).to_sparse()}, InputTypeError, "query must be a dense, strided tensor"),
+    ({"cache_seqlens": [1, 2]}, InputTypeError, r"tensor \[batch\], or one int for all, but got list"),
+    ({"cache_seqlens": -1}, InputError, "from 0 to the capacity 100, but got -1"),
+    (
+        {"cache_seqlens": 99, "key": torch.randn(2, 2, 2, 32), "value": torch.randn(2, 2, 2, 24)},
+        InputError,
+        "from 0 to 98",
+    ),
+    ({"key": torch.randn(2, 2, 101, 32), "value": torch.randn(2, 2, 101, 24)}, InputError, "key has 101 new keys"),
+    ({"check": "yes"}, InputTypeError, "check must be a bool, but got str"),
+    ({"return_lse": 1}, InputTypeError, "return_lse must be a bool"),
+    ({"return_aux": "lse"}, InputTypeError, "return_aux must be a plx.AuxRequest or None, but got str"),
+    ({"return_aux": plx.AuxRequest(state=True)}, InputError, "plx.decode_state"),
+    ({"scale": True}, InputTypeError, "scale must be a number"),
+    ({"kernel_options": {"num_warps": 3}}, InputError, "power of two of at most 32"),
+    ({"kernel_options": {"num_stages": True}}, InputError, "an integer of at least 1"),
+    ({"score_mod": lambda s, b, h, q, k: s + torch.zeros(3)}, InputTypeError, r"one number .* shape \[3\]"),
 ]
 
 
@@ -416,6 +435,32 @@ def test_the_plan_reads_as_text() -> None:
     names = [stage.name for stage in plx.explain_decode(plx.LLA, rows, cache, cache, target="sm_90").plan.stages]
     assert names == ["core_solve", "decode_split", "decode_merge"]
     assert plx.explain_decode(plx.SOFTMAX, query, cache, cache, target="cpu").plan.stages[0].algorithm == "row chunks"
+
+
+def test_the_plan_of_a_block_mask_reads_the_blocks_in_its_lists() -> None:
+    query, cache = torch.empty(2, 8, 1, 64, dtype=torch.bfloat16), torch.empty(2, 4, 1000, 64, dtype=torch.bfloat16)
+    every_other = lambda b, h, q, k: (k // 64 % 2 == 0) & (k <= q)
+    block_mask = create_block_mask(every_other, None, None, 1024, 1024, device="cpu", BLOCK_SIZE=64)
+
+    def keys(**given: Any) -> int:
+        return plx.explain_decode(
+            plx.PARALLAX, query, cache, cache, query, block_mask=block_mask, target="sm_90", **given
+        ).plan.problem.kv_length
+
+    assert keys() == 8 * 64  # the last row is 999: blocks 0, 2 .. 14
+    assert keys(cache_seqlens=70) == 64 and keys(cache_seqlens=130) == 128
+    assert keys(cache_seqlens=torch.tensor([70, 130])) == 96
+    found = plx.explain_decode(
+        plx.SOFTMAX, query, cache, cache, cache_seqlens=200, block_mask=block_mask, target="sm_90"
+    )
+    assert found.blocks is not None and found.blocks.tolist() == [[2, 0, 2, 0, *[0] * 12]] and "█·█·" in str(found)
+    window = plx.SOFTMAX.replace(mask_mod=plx.masks.sliding_window(100))
+    inside = plx.explain_decode(window, query, cache, cache, block_mask=block_mask, target="sm_90")
+    assert inside.plan.problem.kv_length == 64  # of the two blocks in the window one is listed
+    with pytest.raises(InputError, match=r"cache_seqlens\[1\] must be from 0 to the capacity 1000, but got 1001"):
+        keys(cache_seqlens=torch.tensor([70, 1001]))
+    with pytest.raises(InputTypeError, match="spec must be an AttentionSpec"):
+        plx.explain_decode("SOFTMAX", query, cache, cache)  # type: ignore[arg-type]
 
 
 @given(

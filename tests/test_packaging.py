@@ -242,7 +242,10 @@ def test_import_is_light(tmp_path: Path) -> None:
 
 LEAVES = {f"{PACKAGE}.{name}" for name in ("spec", "errors", "reference", "version")}
 PRIVATE = tuple(f"torch.{name}" for name in ("_inductor", "_dynamo", "_higher_order_ops", "_functorch", "_subclasses"))
-FENCE = {f"{PACKAGE}.lowering.torch_compat{part}" for part in ("", "_calls", "_codegen", "_launch")}
+FENCE = {
+    f"{PACKAGE}.lowering.torch_compat_{part}"
+    for part in ("calls", "codegen", "dynamo", "errors", "inductor", "inlining", "launch", "operator")
+}
 
 
 MODULES = [

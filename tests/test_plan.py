@@ -10,7 +10,9 @@ import sympy
 import torch
 from expecttest import assert_expected_inline
 from parallax_compile.lowering.candidates import Candidate, candidates, shared_memory
-from parallax_compile.lowering.plan import Problem, make_plan, solve_method
+from parallax_compile.lowering.plan import make_plan
+from parallax_compile.lowering.plan_solve import solve_method
+from parallax_compile.lowering.plan_stages import Problem
 from parallax_compile.lowering.targets import TARGETS
 
 import parallax_compile as plx

@@ -6,7 +6,8 @@ from unittest import mock
 
 import pytest
 import torch
-from parallax_compile.lowering import cache_key, torch_compat
+from parallax_compile.lowering import cache_key, torch_compat, torch_compat_inductor
+from parallax_compile.lowering.torch_compat_dynamo import sums_by_atomics
 
 
 def test_every_fenced_symbol_is_there() -> None:
@@ -22,10 +23,10 @@ def test_the_check_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_inductor_gives_is_listed() -> None:
-    for name, source in torch_compat._Inductor._SOURCES.items():
+    for name, source in torch_compat_inductor._Inductor._SOURCES.items():
         if ":" in source:
             assert any(source in fenced for fenced in torch_compat.FENCED), f"{name} is not in FENCED"
-        assert getattr(torch_compat.inductor, name) is not None
+        assert getattr(torch_compat_inductor.inductor, name) is not None
 
 
 def test_the_cache_salt_follows_templates_and_lowering(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,11 +38,13 @@ def test_the_cache_salt_follows_templates_and_lowering(monkeypatch: pytest.Monke
 
 
 def test_a_template_is_parsed_when_it_is_rendered_first() -> None:
-    template = torch_compat.inductor.template("parallax_test_deferred", lambda *_: (1, 1, 1), "{{ x }} {% nonsense")
+    template = torch_compat_inductor.inductor.template(
+        "parallax_test_deferred", lambda *_: (1, 1, 1), "{{ x }} {% nonsense"
+    )
     with pytest.raises(Exception, match="nonsense"):
         template.template.render(x=1)
     parsed: list[int] = []
-    text = torch_compat._DeferredText(lambda: parsed.append(1) or mock.Mock(render=lambda x: f"x={x}"))
+    text = torch_compat_inductor._DeferredText(lambda: parsed.append(1) or mock.Mock(render=lambda x: f"x={x}"))
     assert not parsed
     assert [text.render(x=1), text.render(x=2)] == ["x=1", "x=2"] and parsed == [1]
 
@@ -59,9 +62,9 @@ def test_captured_gradients_are_refused_where_their_order_may_not_vary(
     device: str, requires_grad: bool, warn_only: bool, refused: bool
 ) -> None:
     captured = [torch.ones(2, requires_grad=requires_grad), 3]
-    assert not torch_compat.sums_by_atomics(torch.device(device), captured)
+    assert not sums_by_atomics(torch.device(device), captured)
     torch.use_deterministic_algorithms(True, warn_only=warn_only)
     try:
-        assert torch_compat.sums_by_atomics(torch.device(device), captured) == refused
+        assert sums_by_atomics(torch.device(device), captured) == refused
     finally:
         torch.use_deterministic_algorithms(False)

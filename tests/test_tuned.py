@@ -113,6 +113,8 @@ def test_a_forged_entry_is_dropped_and_the_others_are_kept(store: Store) -> None
 def test_a_read_only_folder_is_read_and_what_is_found_holds_for_the_process(tmp_path: Path) -> None:
     folder = tmp_path / "store"
     Store(folder).put([entry(1)])
+    Store(folder).export(tmp_path / "exported.json")
+    (tmp_path / "exported.json").chmod(0o444)
     for path in (tmp_path, folder, *folder.iterdir()):
         path.chmod(0o555 if path.is_dir() else 0o444)
     chain = [path for path in folder.parents if path != Path("/")]
@@ -130,6 +132,11 @@ def test_a_read_only_folder_is_read_and_what_is_found_holds_for_the_process(tmp_
         assert set(store.entries()) == {entry(1).digest, entry(2).digest}
         with pytest.raises(StoreError, match="cannot write"):
             store.remove(lambda e: True)
+        with (
+            pytest.warns(UserWarning, match="cannot write"),
+            pytest.raises(StoreError, match=r"was read, but .* cannot be written"),
+        ):
+            Store(folder).load(tmp_path / "exported.json")
     finally:
         if root:
             os.seteuid(0)

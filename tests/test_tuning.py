@@ -25,6 +25,7 @@ from parallax_compile.lowering.targets import resolve
 import parallax_compile as plx
 from parallax_compile.errors import InputError, InputTypeError, UnsupportedError
 from parallax_compile.shapes import Shape
+from parallax_compile.tuning import candidate_text
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
@@ -187,7 +188,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
 
     monkeypatch.setattr(compile_pool, "compiled", compiled)
     for effort, count in (("quick", 7), ("normal", 9)):
-        monkeypatch.setitem(EFFORTS, effort, count)
+        monkeypatch.setitem(EFFORTS, effort, EFFORTS[effort]._replace(candidates=count))
     with tuned.using(Store(tmp_path / "store")) as store:
         yield store
 
@@ -209,7 +210,7 @@ def test_a_winner_is_kept_and_taken_by_the_next_call(store: Store) -> None:
     report = tune(MadeUp(lambda candidate: 0.5 if candidate == picked else 1.0))
     (stage,) = report.stages
     assert (stage.candidate, stage.speedup, report.saved) == (dataclasses.asdict(picked), 2.0, True)
-    assert stage.tried <= EFFORTS["quick"] and stage.failed["out of shared memory"] >= 1  # type: ignore[operator]
+    assert stage.tried <= EFFORTS["quick"].candidates and stage.failed["out of shared memory"] >= 1  # type: ignore[operator]
     text = str(report)
     assert "core_forward" in text and "2.000" in text and "out of shared memory" in text
     inputs = Shape.of(SHAPE).tensors(CAUSAL, torch.bfloat16)
@@ -225,7 +226,7 @@ def test_a_second_run_keeps_what_the_first_found_and_more_effort_or_again_search
     tune(MadeUp(lambda candidate: 1.0))
     second = MadeUp(lambda candidate: 1.0)
     assert [stage.note for stage in tune(second).stages] == ["kept from the store"] and not second.loaded
-    assert tune(second, effort="normal").stages[0].tried > EFFORTS["quick"]  # type: ignore[operator]
+    assert tune(second, effort="normal").stages[0].tried > EFFORTS["quick"].candidates  # type: ignore[operator]
     assert tune(second, again=True).stages[0].tried > 0
 
 
@@ -266,6 +267,23 @@ def test_an_interrupt_keeps_what_was_found_and_the_next_run_goes_on(
     assert notes == {"core_forward": "kept from the store", "core_backward_query": "", "core_backward_key": ""}
 
 
+def test_an_interrupt_while_compiling_counts_what_was_compiled(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fine, asked = compile_pool.compiled, iter(range(100))
+
+    def compiled(request: dict[str, Any]) -> dict[str, Any]:
+        if next(asked) == 3:
+            raise KeyboardInterrupt
+        return fine(request)
+
+    monkeypatch.setattr(compile_pool, "compiled", compiled)
+    with pytest.raises(KeyboardInterrupt):
+        tune(MadeUp(lambda candidate: 1.0))
+    row = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("core_forward"))
+    assert row.split()[-3] == "3" and row.endswith("interrupted")  # tried, failed, note
+
+
 def test_wrong_arguments_are_named() -> None:
     with pytest.raises(InputError, match="effort must be one of"):
         tune(None, effort="much")
@@ -275,6 +293,25 @@ def test_wrong_arguments_are_named() -> None:
         plx.autotune(CAUSAL, "4,16")
     with pytest.raises(InputError, match="core_typo"):
         tune(MadeUp(lambda candidate: 1.0), stages=["core_typo"])
+    wrong: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"dtypes": []}, InputError, "dtypes must name at least one"),
+        ({"shapes": []}, InputError, "shapes must name at least one"),
+        ({"shapes": None}, InputTypeError, "shape must be a string or a tuple"),
+        ({"stages": []}, InputError, "stages must name at least one"),
+        ({"stages": 3}, InputError, "stages must be of core_forward.* but got 3"),
+        ({"backward": "no"}, InputTypeError, "backward must be a bool"),
+        ({"store": "/tmp/x"}, InputTypeError, "store must be .*PARALLAX_STORE"),
+        ({"measures": 3}, InputError, "measures must be"),
+        ({"workers": -1}, InputError, "workers must be an integer of at least 0"),
+        ({"workers": "2"}, InputError, "workers must be"),
+    ]
+    for change, error, message in wrong:
+        with pytest.raises(error, match=message):
+            plx.autotune(CAUSAL, **{"shapes": SHAPE, "measures": "model"} | change)
+    assert candidate_text(
+        {"block_m": 64, "block_n": 32, "num_warps": 4, "num_stages": 3, "overlap": True, "held": 1}
+    ) == ("64x32, 4 warps, 3 stages, overlapped, 1 held")
+    assert candidate_text({"tile": 3}) == "tile 3"
     if not torch.cuda.is_available():
         with pytest.raises(UnsupportedError, match="measures='model'"):
             tune(None)

@@ -97,6 +97,15 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "both lse and aux": (
         lambda: plx.attention(K, K, K, return_lse=True, return_aux=plx.AuxRequest(lse=True)), InputError, "exclude",
     ),
+    "aux of another type": (
+        lambda: plx.attention(K, K, K, return_aux=("lse",)), InputTypeError, "plx.AuxRequest or None, but got tuple",
+    ),
+    "flag": (lambda: plx.attention(K, K, K, return_lse=t(1)), InputTypeError, "return_lse must be a bool, but got Tensor"),
+    "warps": (lambda: plx.attention(K, K, K, kernel_options={"bwd_num_warps": 6}), InputError, "power of two of at most 32"),
+    "mod returns several": (
+        lambda: plx.attention(K, K, K, score_mod=lambda s, b, h, q, k: s + torch.zeros(3)), InputTypeError,
+        r"score_mod must return one number .* shape \[3\]",
+    ),
     "max_scores": (
         lambda: plx.attention(K, K, K, return_aux=plx.AuxRequest(max_scores=True)), InputError, "max_scores",
     ),

@@ -18,7 +18,7 @@ from ...errors import InputError, InputTypeError
 from ...reference import ReferenceOutput
 from ...reference import attention as reference_attention
 from ...spec import AttentionSpec
-from ..torch_compat import result_problem, vectorize_mod
+from ..torch_compat_operator import result_problem, vectorize_mod
 from . import solver
 
 __all__ = ["Declared", "blockwise", "dense"]
@@ -55,7 +55,7 @@ def _lifted(name: str, mod: Mod | None) -> Mod | None:
 
     def run(*arguments: Tensor) -> Tensor:
         result = vectorized(*arguments)
-        problem = result_problem(result, is_mask=is_mask)
+        problem = result_problem(result, is_mask=is_mask, axes=4)
         if problem is not None:
             raise InputTypeError(f"{name} {problem}")
         return result if is_mask else result.to(arguments[0].dtype)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from ..torch_compat import TransformGetItemToIndex
+from ..torch_compat_operator import TransformGetItemToIndex
 
 __all__ = ["Body", "Literals", "Scalar", "UnfitError", "mlir_type"]
 
