@@ -111,7 +111,9 @@ def cases(quick: bool) -> list[Case]:
     ]  # fmt: skip
     found += [
         # float16 has no specialised backward.
-        replace(case, name=f"specialised, {case.name}", options={"fwd_" * (case.dtype == "fp16") + "WARP_SPECIALIZED": True})
+        replace(
+            case, name=f"specialised, {case.name}", options={"fwd_" * (case.dtype == "fp16") + "WARP_SPECIALIZED": True}
+        )
         for case in (
             Case("causal"),
             Case("causal D=128 L=1000", mask=causal, width=128, q_length=1000, kv_length=1000),
@@ -126,10 +128,33 @@ def cases(quick: bool) -> list[Case]:
             Case("keys offset 10 sigma D=128", mask=causal, key_offset=10.0, width=128),
             Case("dynamic lengths", mask=causal, q_length=333, kv_length=333, dynamic=True),
             Case("documents", spec=plx.SOFTMAX, mask=documents, width=128, q_length=1000, kv_length=1000),
-            Case("mods", mask=causal, score=lambda captured: _ALIBI, covariance=lambda captured: _CAP, q_length=777, kv_length=777),
-            Case("mods D=128 GQA", mask=causal, score=lambda captured: _ALIBI, covariance=lambda captured: _CAP, q_heads=8, kv_heads=2, width=128,
-                 q_length=515, kv_length=515),
-            Case("other mods D=128", score=lambda captured: _CAP, covariance=lambda captured: _HALF, width=128, q_length=300, kv_length=300),
+            Case(
+                "mods",
+                mask=causal,
+                score=lambda captured: _ALIBI,
+                covariance=lambda captured: _CAP,
+                q_length=777,
+                kv_length=777,
+            ),
+            Case(
+                "mods D=128 GQA",
+                mask=causal,
+                score=lambda captured: _ALIBI,
+                covariance=lambda captured: _CAP,
+                q_heads=8,
+                kv_heads=2,
+                width=128,
+                q_length=515,
+                kv_length=515,
+            ),
+            Case(
+                "other mods D=128",
+                score=lambda captured: _CAP,
+                covariance=lambda captured: _HALF,
+                width=128,
+                q_length=300,
+                kv_length=300,
+            ),
             Case("softmax, capped", spec=plx.SOFTMAX, mask=causal, score=lambda captured: _CAP, width=128),
         )
     ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import InputError
 
@@ -260,7 +260,7 @@ def shared_memory(stage: str, candidate: Candidate, width: int, value_width: int
     d, dv, bm, bn = padded(width), padded(value_width), candidate.block_m, candidate.block_n
     query_side = d * (1 + row_tiles)
     if candidate.specialized:
-        # No scores in shared memory, but barriers, the key backward's row terms, and what the forward's epilogue turns into rows.
+        # No scores, but barriers, the key backward's row terms, and what the forward's epilogue turns into rows.
         if SPECIALIZED_STAGES[stage] == "block_n":
             stay, stream, terms = bn * (d + dv), bm * (query_side + dv), 4 * 4 * bm
         else:

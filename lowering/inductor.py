@@ -223,7 +223,9 @@ def _specialized_possible(stage: str, call: _Call, problem: Problem, switches: d
     blocks = call.block_mask
     rows = blocks.kv_block if SPECIALIZED_STAGES.get(stage) == "block_n" else blocks.q_block
     wanted = {name for name, value in switches.items() if name.startswith("NEEDS_") and value}
-    whole = {"core_backward_query": {"NEEDS_QUERY"}, "core_backward_key": {"NEEDS_KEY", "NEEDS_VALUE"}}.get(stage, set())
+    whole = {"core_backward_query": {"NEEDS_QUERY"}, "core_backward_key": {"NEEDS_KEY", "NEEDS_VALUE"}}.get(
+        stage, set()
+    )
     return (
         stage in SPECIALIZED_STAGES
         and has_gluon()

@@ -150,7 +150,9 @@ def test_what_it_cannot_compute_raises(change: dict[str, Any], message: str) -> 
 @pytest.mark.parametrize("only", ["key", "value", "probe"])
 def test_a_backward_of_one_gradient_is_left_to_triton(only: str) -> None:
     names = ("query", "key", "value", "probe")
-    inputs = [tensor.requires_grad_(name == only) for tensor, name in zip(operands(True, 64, 64, 32, 32), names, strict=True)]
+    inputs = [
+        tensor.requires_grad_(name == only) for tensor, name in zip(operands(True, 64, 64, 32, 32), names, strict=True)
+    ]
     stage = "query" if only == "probe" else "key"
     call = interpreter.interpreted(
         lambda *x: plx.attention(*x, enable_gqa=True, kernel_options={f"bwd_{stage}_WARP_SPECIALIZED": True})
