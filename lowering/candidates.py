@@ -260,12 +260,13 @@ def shared_memory(stage: str, candidate: Candidate, width: int, value_width: int
     d, dv, bm, bn = padded(width), padded(value_width), candidate.block_m, candidate.block_n
     query_side = d * (1 + row_tiles)
     if candidate.specialized:
-        # No scores, but barriers, the key backward's row terms, and what the forward's epilogue turns into rows.
+        # No scores, but barriers, the backward's row terms and mean keys, and what the forward's epilogue turns into rows.
         if SPECIALIZED_STAGES[stage] == "block_n":
-            stay, stream, terms = bn * (d + dv), bm * (query_side + dv), 4 * 4 * bm
+            stay, stream, terms = bn * (d + dv), bm * (query_side + dv), 4 * bm * candidate.num_stages
         else:
-            stay, stream, terms = bm * (query_side + dv), bn * (d + dv), 0
-        return (itemsize * stream + terms) * candidate.num_stages + itemsize * SPECIALIZED_GROUPS * stay + 1024
+            stay, stream = bm * (query_side + dv), bn * (d + dv)
+            terms = 0 if stage == "core_forward" else SPECIALIZED_GROUPS * (4 * bm + d)
+        return itemsize * (SPECIALIZED_GROUPS * stay + stream * candidate.num_stages) + 4 * terms + 1024
     if stage == "core_forward":
         stay, stream = bm * query_side, bn * (d + dv)
     elif stage == "core_solve":
@@ -434,9 +435,10 @@ def _check_specialized(stage: str, possible: bool, forced: Mapping[str, Any]) ->
         raise InputError(
             f"kernel_options[WARP_SPECIALIZED] of {stage} needs a Hopper GPU (capability 9.x), a Triton with Gluon, "
             "bfloat16 inputs (of a forward without a probe also float16) of widths up to 128 with contiguous rows at "
-            "multiples of 16 bytes, a positive scale, no score_mod or covariance_mod, no solved probe in the backward, all "
-            "gradients that a backward stage computes, a mask that only compares indices and captured tensors, and mask "
-            "blocks of whole 128 rows. Leave it out."
+            "multiples of 16 bytes, a positive scale, mods that are arithmetic of score, indices and captured tensors without "
+            "gradients (tanh: plx.mods.tanh_cap(approx=True)) and grow at most 1024 times as fast as their score, no solved "
+            "probe in the backward, all gradients that a backward stage computes, a mask that only compares indices and "
+            "captured tensors, and mask blocks of whole 128 rows. Leave it out."
         )
     rows = SPECIALIZED_STAGES[stage].upper()
     for name, value in ((rows, SPECIALIZED_ROWS), ("num_warps", 4), ("USE_TMA", True), ("HELD_TILES", 0)):

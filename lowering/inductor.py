@@ -28,7 +28,7 @@ from .inductor_shared import (
     shared_memory_limit,
     tma_possible,
 )
-from .mod_graphs import digest, is_always_true, is_elementary
+from .mod_graphs import digest, is_always_true, is_elementary_mask
 from .operator import BlockMaskOperands, attention_backward, attention_forward
 from .plan import make_plan
 from .plan_solve import asked_direct, solve_method
@@ -222,10 +222,7 @@ def _specialized_possible(stage: str, call: _Call, problem: Problem, switches: d
     """Whether a warp-specialised kernel can compute the stage: see the head of its template."""
     blocks = call.block_mask
     rows = blocks.kv_block if SPECIALIZED_STAGES.get(stage) == "block_n" else blocks.q_block
-    wanted = {name for name, value in switches.items() if name.startswith("NEEDS_") and value}
-    whole = {"core_backward_query": {"NEEDS_QUERY"}, "core_backward_key": {"NEEDS_KEY", "NEEDS_VALUE"}}.get(
-        stage, set()
-    )
+    absent = {name for name, value in switches.items() if name.startswith("NEEDS_") and not value}
     return (
         stage in SPECIALIZED_STAGES
         and has_gluon()
@@ -233,19 +230,19 @@ def _specialized_possible(stage: str, call: _Call, problem: Problem, switches: d
         and problem.dtype in ("bfloat16",) + ("float16",) * (stage == "core_forward" and not problem.has_probe)
         and call.probe_low is None
         and call.adjoint is None
-        and wanted == whole | ({"NEEDS_PROBE"} if stage == "core_backward_query" and problem.has_probe else set())
-        and all(map(_fits_in_registers, (call.score_mod, call.covariance_mod)))
+        and absent <= ({"NEEDS_PROBE"} if not problem.has_probe else set())
+        and all(map(_specialized_takes, (call.score_mod, call.covariance_mod)))
         and call.scale > 0
-        and (not problem.mask or is_elementary(blocks.mask_mod.graph_module))
+        and (not problem.mask or is_elementary_mask(blocks.mask_mod.graph_module))
         and not (call.block_sparse and rows % (SPECIALIZED_GROUPS * SPECIALIZED_ROWS))
     )
 
 
+# A warp-specialised backward keeps the slope of a mod in float16, which ends at 65504.
 _LARGEST_SLOPE = 1024.0
-"""What a warp-specialised backward keeps in float16 beside a weight: ends at 65504."""
 
 
-def _fits_in_registers(mod: Mod) -> bool:
+def _specialized_takes(mod: Mod) -> bool:
     return mod.elementary and not mod.mutated and mod.largest_slope <= _LARGEST_SLOPE
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .mod_graphs import digest, is_additive, is_elementary, is_identity, largest_slope
+from .mod_graphs import digest, is_additive, is_elementary_mod, is_identity, largest_slope
 from .torch_compat_inductor import inductor
 
 LOG2E = 1.4426950408889634
@@ -21,7 +21,7 @@ class Mod:
     """A mod as the templates take it: its inlined value, its captured tensors, and in the backward its joint graph.
 
     Attributes:
-        elementary: whether it, and its joint graph, do arithmetic only (:func:`.mod_graphs.is_elementary`).
+        elementary: whether it, and its joint graph, do arithmetic only (:func:`.mod_graphs.is_elementary_mod`).
         additive: whether it only adds to its score; known in the backward.
         largest_slope: bound on how fast it grows with its score; known in the backward.
     """
@@ -75,7 +75,7 @@ def forward_mod(graph: Any, buffers: Sequence[Any], device: torch.device) -> Mod
     """A score mod's value."""
     traced = graph.graph_module
     value = inline(graph, buffers, device, score=True)
-    identity, elementary = is_identity(traced), is_elementary(traced, score=True)
+    identity, elementary = is_identity(traced), is_elementary_mod(traced)
     return Mod(value, realized(buffers), identity, digest=digest(traced), elementary=elementary)
 
 
@@ -88,7 +88,7 @@ def backward_mod(graph: Any, joint: Any, buffers: Sequence[Any], device: torch.d
     outputs = inductor.build_subgraph_buffer(inputs + list(buffers), joint)
     inductor.freeze_irnodes(outputs)
     mod.joint = inductor.process_joint_outputs(outputs, len(inputs))
-    mod.elementary = mod.elementary and is_elementary(joint.graph_module, score=True)
+    mod.elementary = mod.elementary and is_elementary_mod(joint.graph_module)
     mod.additive = is_additive(joint.graph_module)
     mod.largest_slope = largest_slope(joint.graph_module) if mod.elementary else math.inf
     return mod

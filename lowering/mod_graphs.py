@@ -48,14 +48,19 @@ _ARITHMETIC = ("add", "sub", "mul", "index")
 _OF_SCORES = ("div", "neg", "exp2", "tanh_approx")
 
 
-def is_elementary(graph: torch.fx.GraphModule, *, score: bool = False) -> bool:
-    """Whether a mask only adds, compares and combines its indices and captured tensors read at them.
+def is_elementary_mask(graph: torch.fx.GraphModule) -> bool:
+    """Whether a mask only adds, compares and combines its indices and captured tensors read at them."""
+    return _consists_of(graph, (*_COMPARISONS, *_LOGIC, *_ARITHMETIC))
 
-    Of a score mod (``score``), or of its joint graph: whether all it does is arithmetic.
-    """
-    known = {*_ARITHMETIC, *(_OF_SCORES if score else (*_COMPARISONS, *_LOGIC))}
+
+def is_elementary_mod(graph: torch.fx.GraphModule) -> bool:
+    """Whether a score mod, or its joint graph, is arithmetic of its score, its indices and captured tensors read at them."""
+    return _consists_of(graph, (*_ARITHMETIC, *_OF_SCORES))
+
+
+def _consists_of(graph: torch.fx.GraphModule, names: tuple[str, ...]) -> bool:
     calls = [node.target for node in graph.graph.nodes if node.op == "call_function"]
-    return all(isinstance(call, torch._ops.OpOverload) and call.overloadpacket.__name__ in known for call in calls)
+    return all(isinstance(call, torch._ops.OpOverload) and call.overloadpacket.__name__ in names for call in calls)
 
 
 def largest_slope(joint: torch.fx.GraphModule) -> float:
@@ -90,7 +95,7 @@ def largest_slope(joint: torch.fx.GraphModule) -> float:
             else:
                 found[node] = (-a[1], -a[0]) if name == "neg" else whole
     (outputs,) = nodes[-1].args
-    return max(map(abs, interval(outputs[0])))
+    return 0.0 if outputs[0] is None else max(map(abs, interval(outputs[0])))
 
 
 def is_additive(joint: torch.fx.GraphModule) -> bool:

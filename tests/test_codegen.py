@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import itertools
@@ -401,6 +402,27 @@ def test_the_specialised_forward_compiles_and_hardly_spills(spec: plx.AttentionS
     assert compiled.resources.shared_memory <= estimate <= TARGETS["sm_90"].shared_memory_per_block
 
 
+@pytest.mark.skipif(not has_gluon(), reason="this Triton has no Gluon for Hopper")
+@pytest.mark.parametrize("stage", ["core_backward_query", "core_backward_key"])
+def test_the_specialised_backward_compiles_and_hardly_spills(stage: str) -> None:
+    causal = plx.PARALLAX.replace(mask_mod=plx.masks.causal())
+    call = lambda q, k, v, r: plx.attention(
+        q, k, v, r, spec=causal, enable_gqa=True, kernel_options={"WARP_SPECIALIZED": True}
+    )
+    kernel = generate(call, operands={"length": 1000, "width": 128}).stage(stage)
+    compiled = cubin.compile_kernel(kernel, "sm_90")
+    assert compiled.resources.num_warps == 12
+    # Three tiles of scores and two accumulators are more than there are registers: kept whole they spill a kilobyte.
+    assert (compiled.resources.spills or 0) <= 512
+    tile = candidates.Candidate(
+        *(kernel.parameters[name] for name in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")),
+        tma=True,
+        specialized=True,
+    )
+    estimate = candidates.shared_memory(stage, tile, 128, 128, 2, 1)
+    assert compiled.resources.shared_memory <= estimate <= TARGETS["sm_90"].shared_memory_per_block
+
+
 def test_a_specialised_kernel_is_never_taken_unasked() -> None:
     offered = candidates.candidates(
         "core_forward",
@@ -426,6 +448,24 @@ def test_the_specialised_forward_is_the_default_where_the_shipped_table_says_so(
 
     sources = [forward(128), forward(64), forward(128, plx.mods.tanh_cap(9.0))]  # tanh is not elementary
     assert ["@gluon.jit" in source for source in sources] == [True, False, False]
+
+
+@pytest.mark.skipif(not has_gluon(), reason="this Triton has no Gluon for Hopper")
+@pytest.mark.parametrize(
+    "mod, takes",
+    [
+        (lambda s, b, h, q, k: s + 0.1 * (k - q), True),
+        (plx.mods.scale_by(1e6), False),  # past what a slope is kept in
+        (lambda s, b, h, q, k: s * s, False),  # without a bound
+        (plx.mods.tanh_cap(30.0, approx=True), True),
+    ],
+)
+def test_which_mods_the_specialised_backward_takes(mod: Any, takes: bool) -> None:
+    options = {"bwd_WARP_SPECIALIZED": True}
+    call = lambda q, k, v, r: plx.attention(q, k, v, r, score_mod=mod, enable_gqa=True, kernel_options=options)
+    with contextlib.nullcontext() if takes else pytest.raises(Exception, match="mods that are arithmetic"):
+        code = generate(call, operands={"length": 256, "width": 64})
+        assert "@gluon.jit" in code.stage("core_backward_key").source
 
 
 def test_tensor_descriptors_need_aligned_rows() -> None:

@@ -87,6 +87,45 @@ def test_the_specialised_kernels(spec: str, mask: str, sizes: tuple, grads: bool
         assert kernel.name in call.launches
 
 
+_BIAS = torch.linspace(-1.0, 1.0, 4)
+
+
+def _captured_bias(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return score + _BIAS[h] * 0.1 * (q - k)
+
+
+@pytest.mark.parametrize(
+    "spec, score, covariance, width",
+    [
+        ("parallax", plx.mods.alibi(4), plx.mods.tanh_cap(2.0, approx=True), 128),  # slopes kept in 16 bits
+        ("no-intercept", plx.mods.tanh_cap(2.0, approx=True), plx.mods.scale_by(0.5), 64),
+        ("parallax", _captured_bias, lambda s, b, h, q, k: s + 0.01 * q, 128),  # nothing but sums: no slopes
+        ("softmax", plx.mods.tanh_cap(2.0, approx=True), None, 128),
+    ],
+)
+def test_mods_of_arithmetic(spec: str, score: Any, covariance: Any, width: int) -> None:
+    declared = SPECS[spec].replace(mask_mod=plx.masks.causal())
+    inputs = operands(spec != "softmax", 150, 150, width, width)
+    index, other = torch.arange(150)[:, None], torch.arange(150)[None, :]
+
+    def oracle(q: Tensor, k: Tensor, v: Tensor, r: Tensor | None = None) -> Tensor:
+        return low_precision(
+            q, k, v, r, mask=index >= other, intercept=declared.intercept, score=score, covariance=covariance
+        )
+
+    call = interpreter.interpreted(
+        lambda *x: plx.attention(
+            *x, spec=declared, score_mod=score, covariance_mod=covariance, enable_gqa=True, kernel_options=SPECIALIZED
+        )
+    )
+    want = compute(oracle, inputs, torch.float64, True)
+    rough = compute(oracle, inputs, torch.bfloat16, True)
+    got = compute(call, inputs, torch.bfloat16, True)
+    for mine, exact, theirs in zip(got, want, rough, strict=True):
+        assert relative_error(mine, exact) <= budget(relative_error(theirs, exact), torch.bfloat16)
+    assert all("@gluon.jit" in call.code.stage(stage).source for stage in STAGES)
+
+
 def test_a_row_without_a_key_and_the_statistics() -> None:
     inputs = operands(True, 140, 140, 64, 64)
     spec = plx.PARALLAX.replace(mask_mod=plx.masks.causal(offset=-10))
@@ -116,6 +155,20 @@ def test_a_row_without_a_key_has_no_gradient_and_a_key_without_a_row_neither() -
         assert (grad.abs().sum(-1) > 0).any()
 
 
+def test_what_waits_in_16_bits_costs_no_accuracy() -> None:
+    inputs = operands(True, 192, 192, 128, 128)
+    want = with_gradients(lambda *x: plx.attention(*x, enable_gqa=True), leaves(inputs, torch.float64))
+
+    def errors(specialized: bool) -> list[float]:
+        options = {"bwd_WARP_SPECIALIZED": specialized}
+        call = interpreter.interpreted(lambda *x: plx.attention(*x, enable_gqa=True, kernel_options=options))
+        got = with_gradients(call, leaves(inputs, torch.bfloat16))
+        return [relative_error(mine, exact) for mine, exact in zip(got, want, strict=True)]
+
+    for mine, triton in zip(errors(True), errors(False), strict=True):
+        assert mine <= 1.08 * triton
+
+
 @pytest.mark.parametrize("width", [64, 128])
 def test_keys_with_an_offset_of_ten_sigma_cost_no_accuracy(width: int) -> None:
     def errors(offset: float) -> list[float]:
@@ -132,7 +185,7 @@ def test_keys_with_an_offset_of_ten_sigma_cost_no_accuracy(width: int) -> None:
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"score_mod": plx.mods.alibi(num_heads=4)}, "WARP_SPECIALIZED"),
+        ({"score_mod": plx.mods.tanh_cap(9.0)}, "WARP_SPECIALIZED"),
         ({"scale": -1.0}, "WARP_SPECIALIZED"),
         ({"kernel_options": {"fwd_WARP_SPECIALIZED": True, "fwd_BLOCK_M": 128}}, "must be 64"),
         ({"kernel_options": {"bwd_key_WARP_SPECIALIZED": True, "bwd_key_BLOCK_N": 32}}, "must be 64"),
