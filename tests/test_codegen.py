@@ -317,7 +317,7 @@ def test_the_backward_compiles_to_machine_code_with_what_inductor_fuses() -> Non
     code = generate()
     for kernel in code.graphs[1].kernels:
         compiled = cubin.compile_kernel(kernel, "sm_90")
-        assert set(compiled.asm) == set(cubin.STAGES)
+        assert set(compiled.asm) == set(cubin.STAGES) - ({"ttir"} if "@gluon.jit" in kernel.source else set())
         assert compiled.instructions == (frozenset({"wgmma"}) if kernel.stage else frozenset())
 
 
@@ -330,10 +330,12 @@ def test_default_candidates_hardly_spill_on_hopper(spec: plx.AttentionSpec, widt
         return plx.attention(q, k, v, r, spec=spec, enable_gqa=True)
 
     code = generate(call, operands={"length": 1024, "width": width})
-    resources = {stage: cubin.compile_kernel(code.stage(stage), "sm_90").resources for stage in STAGES}
-    # The fastest tiles on an H100 hold every register: what is left are a few values that wait outside of the loops.
-    allowed = 256 if width == 128 else 0
-    assert {stage: found.spills for stage, found in resources.items() if (found.spills or 0) > allowed} == {}
+    kernels = [code.stage(stage) for stage in STAGES]
+    spills = {kernel.stage: cubin.compile_kernel(kernel, "sm_90").resources.spills or 0 for kernel in kernels}
+    # The fastest tiles on an H100 hold every register: what is left are a few values that wait outside of the loops, of which
+    # persistent kernels have two.
+    allowed = {kernel.stage: 512 if "@gluon.jit" in kernel.source else 256 if width == 128 else 0 for kernel in kernels}
+    assert {stage: found for stage, found in spills.items() if found > allowed[stage]} == {}
 
 
 @pytest.mark.parametrize("target", ["sm_89", "sm_100"])
