@@ -3,7 +3,7 @@
     python benchmarks/cli_page.py [--check]
 
 ``--check`` runs what does not depend on the releases of torch and triton, and compares; exits with 1 where the page is old.
-What needs a GPU is shown from a recorded run (benchmarks/results/tune-h100-*.txt).
+What needs a GPU is shown from a recorded run (benchmarks/results/tune-*.txt).
 """
 
 from __future__ import annotations
@@ -106,12 +106,12 @@ def section(transcript: Transcript, printed: str) -> str:
 
 def recorded() -> str:
     """The tuning run of a GPU machine."""
-    found = sorted((ROOT / "benchmarks" / "results").glob("tune-h100-*.txt"))
+    found = sorted((ROOT / "benchmarks" / "results").glob("tune-h[0-9]*.txt"))
     if not found:
         return ""
     text = found[-1].read_text(encoding="utf-8").rstrip()
     where = found[-1].relative_to(ROOT)
-    return f"A tuning run on one H100 (`{where}`), whose winners are the shipped table.\n\n```console\n{text}\n```\n"
+    return f"A tuning run (`{where}`), whose winners are the shipped table of that GPU.\n\n```console\n{text}\n```\n"
 
 
 def main() -> int:

@@ -241,8 +241,9 @@ class Recorder:
         target, candidate, max_autotune: see :func:`generate`.
         execute: what running a compiled graph does: ``(generated, traced, arguments) -> results``. The default makes
             results without values. It may be called any number of times, after compilation.
-        reuse_buffers: whether a buffer may hold one result after another. Without, what a kernel was launched with is still
-            there after its graph ran.
+        isolated: whether kernels are kept apart: no buffer holds one result after another, so that what a kernel was launched
+            with is still there after its graph ran, and nothing is fused into a stage's kernel, so that every candidate
+            takes what it was launched with.
     """
 
     def __init__(
@@ -252,10 +253,10 @@ class Recorder:
         candidate: int | Mapping[str, int] = 0,
         max_autotune: bool = False,
         execute: Execute | None = None,
-        reuse_buffers: bool = True,
+        isolated: bool = False,
     ) -> None:
         self.target = target
-        self._reuse_buffers = reuse_buffers
+        self._isolated = isolated
         self._candidate = _checked_candidate(candidate)
         self._execute = execute or _without_values
         self._every = max_autotune or self._candidate.any
@@ -296,8 +297,9 @@ class Recorder:
         with tuned.listening() as self._heard:
             options = {
                 "max_autotune": self._every,
-                "allow_buffer_reuse": self._reuse_buffers,
-                "inplace_buffers": self._reuse_buffers,
+                "allow_buffer_reuse": not self._isolated,
+                "inplace_buffers": not self._isolated,
+                "epilogue_fusion": not self._isolated,
             }
             compat.triton_source(graph, there, self.target, hooks, options, **kwargs)
         self._answers += self._heard

@@ -108,7 +108,7 @@ class Search:
         self._measures, self._target, self._backward = measures, target, backward
         self._limit, self._rounds, self._repeats = EFFORTS[effort]
         self._inputs = list(inputs) if measures.execute is not None else prepared(list(inputs), backward)
-        self._recorder = Recorder(target, max_autotune=True, execute=measures.execute, reuse_buffers=False)
+        self._recorder = Recorder(target, max_autotune=True, execute=measures.execute, isolated=True)
         self._compiled = torch.compile(fresh(call), backend=self._recorder.backend, fullgraph=True, dynamic=False)
         start = time.perf_counter()
         with tuned.exploring(spaces):

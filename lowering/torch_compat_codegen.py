@@ -58,6 +58,7 @@ FENCED: dict[str, tuple[str, ...]] = {
     "torch._inductor.compile_fx:compile_fx_inner": ("gm", "example_inputs"),
     "torch._inductor.config:allow_buffer_reuse": (),
     "torch._inductor.config:compile_threads": (),
+    "torch._inductor.config:epilogue_fusion": (),
     "torch._inductor.config:force_disable_caches": (),
     "torch._inductor.config:inplace_buffers": (),
     "torch._inductor.config:fx_graph_cache": (),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from parallax_compile.lowering.candidates import Candidate, shared_memory, table
 from parallax_compile.lowering.codegen import GeneratedKernel, Trial, generate
 from parallax_compile.lowering.compile_pool import CompilePool
 from parallax_compile.lowering.cubin import Resources
-from parallax_compile.lowering.model import blocks_per_sm, efficiency
+from parallax_compile.lowering.model import ModelTimer, blocks_per_sm, efficiency
 from parallax_compile.lowering.race import race
+from parallax_compile.lowering.search import Search
 from parallax_compile.lowering.space import EFFORTS, SPACES, explore, registers
 from parallax_compile.lowering.store import Store
 from parallax_compile.lowering.targets import resolve
@@ -282,6 +284,26 @@ def test_an_interrupt_while_compiling_counts_what_was_compiled(
         tune(MadeUp(lambda candidate: 1.0))
     row = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("core_forward"))
     assert row.split()[-3] == "3" and row.endswith("interrupted")  # tried, failed, note
+
+
+def test_every_candidate_takes_what_the_graphs_kernel_is_launched_with() -> None:
+    # Inductor would fuse what follows the adjoint solve into its kernel, with outputs that candidates do not have.
+    spec = plx.LLA.replace(mask_mod=plx.masks.causal(), probe=plx.Solved(ridge=1.0))
+    target = resolve("sm_90")
+    inputs = Shape.of("1,2,64,32").tensors(spec, torch.bfloat16, "meta", requires_grad=True)
+    spaces = {"core_solve": explore("core_solve", 32, 32, 2, True, target)[:2]}
+    search = Search(lambda *x: plx.attention(*x, spec=spec), inputs, target, ModelTimer(target), spaces, "quick")
+    instances = search.instances()
+    assert len(instances) == 2  # the solve and its adjoint
+    for instance in instances:
+        (kernel,) = [kernel for kernel in search.code.kernels if instance.is_of(kernel)]
+        taken = {source_arguments(trial.source) for trial in (kernel, *instance.trials)}
+        assert len(taken) == 1, taken
+
+
+def source_arguments(source: str) -> str:
+    """The parameters of a generated kernel, as its text has them."""
+    return re.findall(r"^def triton_\w+\((.*?)\):", source, re.MULTILINE)[-1]
 
 
 def test_wrong_arguments_are_named() -> None:
