@@ -195,24 +195,3 @@ OURS = Contender("ours", _ours)
 FLASH_LLA = Contender("FlashLLA", _flash_lla, "flashlla")
 FLA_LINEAR = Contender("fla linear", _fla_linear, "fla")
 FLA_MESA = Contender("fla mesa_net", _fla_mesa, "fla")
-
-
-def compile_share(index: int, count: int, problems: list[tuple[Contender, Problem]]) -> None:
-    """Compile one of ``count`` shares of the configurations that Triton's autotuner would compile one by one for ``problems``.
-
-    They are found again in Triton's cache on disk. A process that has called this is of no use for measuring.
-    """
-    from triton.runtime.autotuner import Autotuner
-
-    tuned, shared = Autotuner.run, set()
-
-    def run(tuner: Any, *arguments: Any, **named: Any) -> Any:
-        if id(tuner) not in shared:
-            shared.add(id(tuner))
-            tuner.configs = tuner.configs[index::count] or [tuner.configs[index % len(tuner.configs)]]
-        return tuned(tuner, *arguments, **named)
-
-    Autotuner.run = run
-    for contender, problem in problems:
-        if contender.absent("cuda") is None:
-            contender.build(problem, *problem.operands("cuda", torch.bfloat16)).both()
