@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import multiprocessing
 import os
 import sys
 import time
@@ -24,8 +23,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import peers
 import torch
-from family_contenders import FLA_LINEAR, FLA_MESA, FLASH_LLA, OURS, Contender, Problem, compile_share, others
+from family_contenders import FLA_LINEAR, FLA_MESA, FLASH_LLA, OURS, Contender, Problem, others
 from measure import Clock, Replay, summary
 from record import environment
 from tabulate import tabulate
@@ -128,6 +128,7 @@ class Job:
 def run_row(job: Job, alone: Alone) -> dict[str, Any]:
     """Measure every contender of a row; one that cannot run is named with the reason."""
     torch._dynamo.reset()
+    peers.prepare()
     row, device = job.row, job.device
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     operands, grad = row.problem.operands(device, dtype)
@@ -148,6 +149,8 @@ def run_row(job: Job, alone: Alone) -> dict[str, Any]:
             built[contender.name] = runs
         except Exception as problem:  # a result, not a failure of the run
             found[contender.name] = {"failed": f"{type(problem).__name__}: {str(problem)[:300]}"}
+        if told := peers.tuned():
+            found[contender.name]["tuned"] = told
     if row.kind == "errors":
         exact = _reference(row.problem, operands, grad)
         for name, runs in built.items():
@@ -253,35 +256,6 @@ def _exponent(points: list[tuple[int, float]]) -> float:
     return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / spread
 
 
-# --- peers that tune themselves -------------------------------------------------------------------------------------
-
-TUNED_PEERS = [
-    (FLASH_LLA, Problem("LLA", 1, 16, 512, 128, 1.0)),
-    (FLASH_LLA, Problem("LLA", 1, 16, 512, 64, 1.0)),
-    (FLA_LINEAR, Problem("AFFINE_LINEAR", 1, 16, 1024, 128)),
-    (FLA_MESA, Problem("MESA", 1, 16, 1024, 128, 1.0)),
-]
-
-
-def compile_peers(processes: int, seconds: float) -> None:
-    """Compile all configurations of the peers' autotuners in ``processes``, once: each row would for itself, one by one."""
-    spawn = multiprocessing.get_context("spawn")
-    order = TUNED_PEERS
-    workers = []
-    for index in range(processes):
-        turned = order[index % len(order) :] + order[: index % len(order)]
-        workers.append(spawn.Process(target=compile_share, args=(index, processes, turned), daemon=True))
-    start = time.monotonic()
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(max(0.0, seconds - (time.monotonic() - start)))
-    late = [worker for worker in workers if worker.is_alive()]
-    for worker in late:
-        worker.kill()
-    print(f"peers' kernels: {time.monotonic() - start:.0f} s, {len(late)} of {processes} processes late", flush=True)
-
-
 # --- the record -----------------------------------------------------------------------------------------------------
 
 SAME = ("device", "torch", "triton", "commit")
@@ -361,13 +335,6 @@ def main() -> int:
     parser.add_argument("--match", default="", help="only rows whose name contains this")
     parser.add_argument("--repeats", type=int, default=10, help=f"of each of {ROUNDS} rounds")
     parser.add_argument("--at-once", type=int, default=0, metavar="N", help="build so many rows at once (together.py)")
-    parser.add_argument(
-        "--compile-peers",
-        type=float,
-        default=0.0,
-        metavar="SECONDS",
-        help="at most so long, in --at-once processes, first",
-    )
     parser.add_argument("--quick", action="store_true", help="small shapes")
     parser.add_argument("--show", type=Path, metavar="RECORD", help="print a record and end")
     arguments = parser.parse_args()
@@ -381,8 +348,6 @@ def main() -> int:
     if not wanted:
         parser.error("no such row. Rows: " + "; ".join(row.name for row in rows(arguments.quick)))
     left = [row for row in wanted if row.name not in done]
-    if arguments.compile_peers:
-        compile_peers(arguments.at_once or 1, arguments.compile_peers)
     failed = False
     jobs = [Job(row, arguments.device, arguments.repeats) for row in left]
     for job, measured in outcomes(run_row, jobs, arguments.at_once, PATIENCE):

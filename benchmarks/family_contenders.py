@@ -142,9 +142,6 @@ def _flash_lla(problem: Problem, operands: list[Tensor], grad: Tensor) -> Runs:
     """Its two functions under its autograd function, which reads back scalars to the host: its kernels' time alone."""
     from flashlla.ops import backward, forward
 
-    # Its tiles of 256 rows or keys take minutes to compile and hold several times the registers that there are.
-    for kernel in (forward._lla_fwd_kernel, backward._lla_bwd_q_kernel, backward._lla_bwd_kv_kernel):
-        kernel.configs = [config for config in kernel.configs if max(config.kwargs.values()) <= 128]
     scale, tolerance = problem.width**-0.5, 1e-12  # its defaults
     flat = [x.detach().flatten(0, 1).to(torch.bfloat16) for x in operands]
     out_grad = grad.flatten(0, 1).to(torch.bfloat16)
@@ -195,24 +192,3 @@ OURS = Contender("ours", _ours)
 FLASH_LLA = Contender("FlashLLA", _flash_lla, "flashlla")
 FLA_LINEAR = Contender("fla linear", _fla_linear, "fla")
 FLA_MESA = Contender("fla mesa_net", _fla_mesa, "fla")
-
-
-def compile_share(index: int, count: int, problems: list[tuple[Contender, Problem]]) -> None:
-    """Compile one of ``count`` shares of the configurations that Triton's autotuner would compile one by one for ``problems``.
-
-    They are found again in Triton's cache on disk. A process that has called this is of no use for measuring.
-    """
-    from triton.runtime.autotuner import Autotuner
-
-    tuned, shared = Autotuner.run, set()
-
-    def run(tuner: Any, *arguments: Any, **named: Any) -> Any:
-        if id(tuner) not in shared:
-            shared.add(id(tuner))
-            tuner.configs = tuner.configs[index::count] or [tuner.configs[index % len(tuner.configs)]]
-        return tuned(tuner, *arguments, **named)
-
-    Autotuner.run = run
-    for contender, problem in problems:
-        if contender.absent("cuda") is None:
-            contender.build(problem, *problem.operands("cuda", torch.bfloat16)).both()

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import peers
 import torch
 from contenders import Case, Contender
 from together import Alone
@@ -145,6 +146,7 @@ def measure(
     rows: dict[str, dict[str, Any]] = {}
     calls: dict[tuple[str, str], Replay] = {}
     torch._dynamo.reset()
+    peers.prepare()
     for contender in contenders:
         row = rows[contender.name] = {"method": contender.method}
         reason = contender.absent(case, device)
@@ -164,6 +166,8 @@ def measure(
         except Exception as error:  # a contender that cannot run is a result, not a failure of the run
             row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
             calls = {key: call for key, call in calls.items() if key[0] != contender.name}
+        if told := peers.tuned():
+            row["tuned"] = told
     samples: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
     product_samples: list[float] = []
     order = random.Random(0)
@@ -199,6 +203,7 @@ def accuracy(contender: Contender, width: int, device: str, key_offset: float = 
     with torch.no_grad():
         inputs[1] += key_offset * torch.randn(width, device=device, dtype=dtype)
     used = inputs[:3] if contender.method == "softmax" else inputs
+    peers.prepare()
     got = contender.build(case, device)(*inputs)
     grads = torch.autograd.grad(got, used, grad)
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
