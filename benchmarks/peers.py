@@ -36,6 +36,7 @@ import signal
 import sys
 import tarfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,8 +156,9 @@ def pretended() -> Iterator[None]:
     from parallax_compile.lowering import torch_compat_codegen as compat
     from parallax_compile.lowering.targets import resolve
 
+    target = resolve(TARGET)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(compat.pretend_gpu(resolve(TARGET)))
+        stack.enter_context(compat.pretend_gpu(target))
         for name, answer in {
             "is_available": lambda: True,
             "get_device_name": lambda *device: "NVIDIA H200",
@@ -164,6 +166,14 @@ def pretended() -> Iterator[None]:
             "synchronize": lambda *device: None,
         }.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
+        if importlib.util.find_spec("fla") is not None:
+            from fla.utils import hardware
+
+            # It chooses tiles by the index of a tensor's device, which there is none of without memory.
+            sizes = defaultdict(lambda: target.shared_memory_per_block)
+            stack.enter_context(mock.patch.object(hardware, "get_all_max_shared_mem", lambda: sizes))
+            hardware.check_shared_mem.cache_clear()
+            stack.callback(hardware.check_shared_mem.cache_clear)
         yield
 
 
