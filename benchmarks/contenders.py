@@ -1,8 +1,9 @@
 """Who is measured: our members and what others offer, all called through one signature on the same tensors.
 
 Peers that are not installed are reported with the reason and left out; none is vendored. Their wheels, for a machine that
-has torch and triton: ``parallax-kernel==0.1.1`` and ``helion==1.2.0`` (official), ``flash-linear-attention==0.6.0`` with
-``fla-core==0.6.0`` (fla). FlashLLA has no package: put its checkout on ``PYTHONPATH``.
+has torch and triton: ``parallax-kernel==0.1.1`` and ``helion==1.2.0`` (official), ``fla-core==0.6.0`` (fla's operators).
+FlashLLA has no package: put its checkout on ``PYTHONPATH``. Their autotuners compile for minutes a case, one configuration
+after the other, unless ``peers.py`` did so ahead.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Who takes part in the benchmark of the family: our members and their peers, called on the same tensors.
 
-Peers are used where they are installed and reported as absent where not; none is vendored. ``flash-linear-attention==0.6.0``
-with ``fla-core==0.6.0`` gives fla's operators; FlashLLA has no package: put a checkout of github.com/Yifei-Zuo/FlashLLA on
-``PYTHONPATH``.
+Peers are used where they are installed and reported as absent where not; none is vendored. ``fla-core==0.6.0`` gives fla's
+operators; FlashLLA has no package: put a checkout of github.com/Yifei-Zuo/FlashLLA (of commit d104afa) on ``PYTHONPATH``.
+Their kernels are compiled ahead by ``peers.py``.
 """
 
 from __future__ import annotations

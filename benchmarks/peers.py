@@ -171,7 +171,7 @@ def pretended() -> Iterator[None]:
 
             # It chooses tiles by the index of a tensor's device, which there is none of without memory.
             sizes = defaultdict(lambda: target.shared_memory_per_block)
-            stack.enter_context(mock.patch.object(hardware, "get_all_max_shared_mem", lambda: sizes))
+            stack.enter_context(mock.patch.object(hardware, "get_all_max_shared_mem", return_value=sizes))
             hardware.check_shared_mem.cache_clear()
             stack.callback(hardware.check_shared_mem.cache_clear)
         yield
