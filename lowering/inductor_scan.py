@@ -328,6 +328,7 @@ def _lower_states(
             "HAS_VALUE_LEVEL": False,
             "HAS_FIRST": True,
             "HAS_SECOND": False,
+            "INVERSE_LEAST_SQUARE": round(1.0 / scan_solve.LEAST_SQUARE),
         },
         (batch, heads),
         length,
@@ -353,7 +354,7 @@ def _lower_systems(
     max_iterations: int,
 ) -> Any:
     """Inductor's lowering of :data:`~.scan_solve.scan_systems`."""
-    layout, *row_layouts = node_layouts()
+    layout, along, iterations, residual = node_layouts()
     guard = inductor.V.graph.sizevars.guard_int
     batch, heads, length, _ = right.get_size()
     x, outputs = _instantiate(
@@ -366,9 +367,9 @@ def _lower_systems(
             "CENTER": center,
             "MATRIX": matrix,
             "UNITS": units,
-            "FIRST": first,
+            "FIRST": first if intercept else None,
         },
-        dict(zip(("ALONG", "ITERATIONS", "RESIDUAL"), row_layouts, strict=True)),
+        {"ALONG": along if intercept else None, "ITERATIONS": iterations, "RESIDUAL": residual},
         layout,
         {
             "GQA": guard(heads) // guard(key.get_size()[1]),
@@ -383,7 +384,7 @@ def _lower_systems(
         (batch, heads, length),
         length,
     )
-    return x, *outputs.values()
+    return x, outputs.get("ALONG") or allocate(along), outputs["ITERATIONS"], outputs["RESIDUAL"]
 
 
 _SCAN_KERNELS = scan.Kernels(

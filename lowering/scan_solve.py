@@ -6,7 +6,7 @@ The matrix of a row is that of the keys before its chunk, which all rows of the 
 
 (without intercept the last term is not there), so that a step of conjugate gradients costs the same for every chunk. Two
 kernels, after the totals of whole segments (:mod:`.scan_products`): one writes ``S`` at each chunk, in the dtype of the
-products with a scale for each column; the other solves. The gradient is that of implicit differentiation (FAMILY,
+products and a unit for each chunk; the other solves. The gradient is that of implicit differentiation (FAMILY,
 "Gradients"): the same systems again for ``u``, and two products of the scan.
 """
 
@@ -47,8 +47,8 @@ def states(
         dtype: of the first result.
 
     Returns:
-        ``sum k k^T [B, H, N, D, D]`` in units of powers of two for each column, ``[B, H, N, D]``; ``sum k [B, H, N, D]``. The
-        last two in the dtype of the statistics.
+        ``sum k k^T [B, H, N, D, D]``, each in the square of a unit, of ``[B, H, N]``, that its chunk's keys take too;
+        ``sum k [B, H, N, D]``. The last two in the dtype of the statistics.
     """
     length, wide = key.size(2), statistics_dtype(key)
     count = (length + CHUNK - 1) // CHUNK
@@ -63,17 +63,23 @@ def states(
             ones = (1,) * (before.dim() - 2)
             state = state + holds_initial.to(wide).view(-1, 1, count, *ones) * before[:, :, None]
         carried.append(state)
-    return scaled(carried[0], dtype), _units(carried[0]), carried[1].contiguous()
+    units = _units(carried[0].diagonal(dim1=-2, dim2=-1) + keys.square().sum((2, -2)))
+    return scaled(carried[0], units, dtype), units, carried[1].contiguous()
 
 
-def _units(matrix: Tensor) -> Tensor:
-    """For each column of ``[..., D, D]`` a power of two that no entry passes."""
-    return torch.exp2(torch.ceil(torch.log2(matrix.abs().amax(-2).clamp_min(1e-30))))
+LEAST_SQUARE = 2.0**-64
+"""Least square of a unit: float32 holds its reciprocal, and that times a sequence's length and a ridge."""
 
 
-def scaled(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """``matrix`` in units of each column's."""
-    return (matrix / _units(matrix).unsqueeze(-2)).to(dtype)
+def _units(diagonal: Tensor) -> Tensor:
+    """For sums of squares with the diagonals ``[..., D]``, the power of two whose square no entry of theirs passes."""
+    return torch.exp2(torch.ceil(0.5 * torch.log2(diagonal.amax(-1).clamp_min(LEAST_SQUARE))))
+
+
+def scaled(matrix: Tensor, units: Tensor, dtype: torch.dtype) -> Tensor:
+    """``matrix`` in the squares of ``units``; a state that was given and is no sum of squares stays within 16 bits too."""
+    found = matrix / (units * units).unsqueeze(-1).unsqueeze(-1)
+    return (found.clamp(-2.0, 2.0) if dtype.itemsize == 2 else found).to(dtype)
 
 
 def systems(
@@ -103,8 +109,8 @@ def systems(
         tolerance, max_iterations: of the solver.
 
     Returns:
-        ``x [B, Hq, L, D]``; ``x.mean key`` (of ``key`` as given), iterations (int32) and the norm of the residual, each ``[B,
-        Hq, L]``.
+        ``x [B, Hq, L, D]``; ``x.mean key`` (of ``key`` as given; empty without intercept), iterations (int32) and the norm
+        of the residual, each ``[B, Hq, L]``.
     """
     heads, length, wide = key.size(1), right.size(2), statistics_dtype(right)
     chunk = length if whole else CHUNK
@@ -113,7 +119,7 @@ def systems(
     b = chunked(right, heads, chunk, count, wide)
     lam = chunked(ridge, heads, chunk, count, wide)[..., None]
     scale = chunked(inverse[:, None], 1, chunk, count, wide)[..., None]
-    before = (matrix.to(wide) * units[..., None, :])[:, :, None]
+    before = (matrix.to(wide) * (units * units)[..., None, None])[:, :, None]
     sees = None if whole else chunks.sees_state()
     seen = torch.ones_like(scale) if sees is None else sees[:, None, None, :, :, None].to(wide)
     mean = seen * first[:, :, None, :, None, :]
@@ -144,7 +150,8 @@ def systems(
     def rows(tensor: Tensor) -> Tensor:
         return unchunked(tensor, length).contiguous()
 
-    return rows(x), rows((x * mean).sum(-1)), rows(used), rows(residual.norm(dim=-1))
+    along = rows((x * mean).sum(-1)) if intercept else right.new_empty(0, dtype=wide)
+    return rows(x), along, rows(used), rows(residual.norm(dim=-1))
 
 
 scan_states = torch.library.custom_op("parallax::scan_states", states, mutates_args=())
@@ -158,17 +165,17 @@ def _(key: Tensor, starts: Any, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     wide = statistics_dtype(key)
     return (
         key.new_empty((*shape, width), dtype=rest[-1]),
-        key.new_empty(shape, dtype=wide),
+        key.new_empty(shape[:3], dtype=wide),
         key.new_empty(shape, dtype=wide),
     )
 
 
 @scan_systems.register_fake
 def _(right: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide, rows = statistics_dtype(right), right.shape[:3]
+    wide, rows, intercept = statistics_dtype(right), right.shape[:3], rest[-4]
     return (
         right.new_empty(right.shape, dtype=wide),
-        right.new_empty(rows, dtype=wide),
+        right.new_empty(rows if intercept else 0, dtype=wide),
         right.new_empty(rows, dtype=torch.int32),
         right.new_empty(rows, dtype=wide),
     )
@@ -264,21 +271,23 @@ class Kernels:
         return u, (as_value + as_key).to(key.dtype), dmatrix, dfirst
 
     def _centred(self, key: Tensor, center: Tensor | None) -> Tensor:
-        dtype = self.operands(key.dtype)
-        return (key if center is None else key.to(center.dtype) - center.unsqueeze(2)).to(dtype)
+        # As they are, keys need no other dtype: their products are exact, and the systems take them in a unit.
+        return key if center is None else (key.to(center.dtype) - center.unsqueeze(2)).to(self.operands(key.dtype))
 
     def _states(
         self, keys: Tensor, starts: Tensor | None, matrix: Tensor | None, first: Tensor | None, whole: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = self.operands(keys.dtype)
         found = self.scan.totals_of(keys, keys, None, None, starts, keys.size(1), False, whole)
         if not whole:
-            return self.states(keys, starts, found[0], found[1], matrix, first, keys.dtype)
+            return self.states(keys, starts, found[0], found[1], matrix, first, dtype)
         assert found[0] is not None
         assert found[1] is not None
         whole_matrix, whole_first = found[0].sum(2, keepdim=True), found[1].sum(2, keepdim=True)
         if matrix is not None and first is not None:
             whole_matrix, whole_first = whole_matrix + matrix.unsqueeze(2), whole_first + first.unsqueeze(2)
-        return scaled(whole_matrix, keys.dtype), _units(whole_matrix), whole_first
+        units = _units(whole_matrix.diagonal(dim1=-2, dim2=-1))
+        return scaled(whole_matrix, units, dtype), units, whole_first
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

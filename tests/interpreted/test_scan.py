@@ -148,6 +148,35 @@ def test_mesa(mask: Any, segments: int, intercept: bool, dtype: torch.dtype) -> 
     assert max(errors) <= (2.2 * 2.0**-8 if dtype == torch.bfloat16 else 1e-5)
 
 
+@pytest.mark.parametrize("exponent", [20, -20])
+def test_systems_of_keys_of_any_size(exponent: int) -> None:
+    """Keys beyond what float16 holds: as ``2^e`` of them with ``4^e`` of the ridge, a probe is ``2^-e`` of what it was."""
+    q, k, v, _ = operands(torch.bfloat16)
+    # In every document keys of another size too: a chunk of which all are small, or one that is large.
+    k[:, :, 45:105] *= 2.0**-6
+    found = []
+    for by in (1.0, 2.0**exponent):
+        spec = plx.MESA.replace(mask_mod=DOCUMENTS, probe=plx.Solved(0.5 * by * by))
+        call = lambda q, k, v, spec=spec: plx.attention(q, k, v, spec=spec, enable_gqa=True)
+        with in_segments(2), torch.no_grad():
+            found.append(interpreter.interpreted(call)(by * q, by * k, v))
+        assert found[-1].isfinite().all()
+    assert relative_error(found[1], found[0].double()) <= 2.0**-8  # of the last rounding
+
+
+def test_a_given_state_that_is_no_sum_of_squares() -> None:
+    """Its entries pass its diagonal: rows keep what they have found, and none is inf or NaN."""
+    spec = plx.MESA.replace(mask_mod=CAUSAL, probe=plx.Solved(1.0))
+    q, k, v, _ = operands(torch.bfloat16, length=70, rows=70)
+    matrix = 1e9 * (1.0 - torch.eye(20)).expand(1, 2, 20, 20)
+    state = plx.State(
+        torch.full((1,), 3.0), torch.zeros(1, 2, 20, 24), torch.zeros(1, 2, 20), torch.zeros(1, 2, 24), matrix
+    )
+    call = lambda q, k, v: plx.attention(q, k, v, spec=spec, enable_gqa=True, initial_state=state)
+    with in_segments(1), torch.no_grad():
+        assert interpreter.interpreted(call)(q, k, v).isfinite().all()
+
+
 def test_a_state_goes_into_the_systems() -> None:
     """Two calls, the second from the first one's state, in documents of which one goes on: as one call in float64."""
     spec = plx.AFFINE_MESA.replace(probe=plx.Solved(0.5))
