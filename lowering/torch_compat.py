@@ -65,6 +65,7 @@ FENCED: dict[str, tuple[str, ...]] = {
     "torch._dynamo.variables.dicts:ConstDictVariable": ("items",),
     "torch._dynamo.variables.lists:TupleVariable": ("items",),
     "torch._dynamo.variables.tensor:SymNodeVariable.evaluate_expr": ("output_graph",),
+    "torch._dynamo.variables.user_defined:UserDefinedObjectVariable.is_supported_random": (),
     "torch._dynamo.variables.builder:wrap_fx_proxy": ("tx", "proxy", "example_value"),
     "torch._dynamo.utils:proxy_args_kwargs": ("args", "kwargs"),
     "torch._dynamo.side_effects:SideEffects.clone": (),
