@@ -1,17 +1,22 @@
 """How long the first call takes, forward and backward: ours beside compiled flex_attention, with cold and with warm caches.
 
-    python benchmarks/compile_time.py [--json PATH] [--device cpu] [--length 2048] [--rounds 1]
+    python benchmarks/compile_time.py [--contender NAME ...] [--json PATH] [--device cpu] [--length 2048] [--rounds 1]
 
-Each measurement is a process of its own. "cold" begins with empty caches of Inductor and Triton; "warm" is the next process
-with the same caches. "start" is a compiled function that doubles a tensor: what torch itself takes. The record also holds what
-torch's caches said and where the time went, by torch's own clocks (seconds; phases lie within one another).
+Each measurement is a process of its own, "process" its time until it has its result. "cold" begins with empty caches of
+Inductor and Triton; "warm" is the next process with the same caches. "start" is a compiled function that doubles a tensor: what
+torch itself takes. The record also holds what torch's caches said and where the time went, by torch's own clocks (seconds;
+phases lie within one another); a torch that does not tell has neither.
+
+The goals need three contenders: ``--contender "parallax, ours" "softmax, flex_attention" start``.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -76,18 +81,23 @@ def child(contender: str, device: str, length: int) -> dict[str, Any]:
     if device == "cuda":
         torch.cuda.synchronize()
     first_call = time.perf_counter() - start
-    from torch._dynamo.utils import compilation_time_metrics, counters
+    return {"import_torch": imported, "import_ours": ours, "first_call": first_call, **told_by_torch()}
 
-    phases = {name: sum(times) for name, times in compilation_time_metrics.items() if sum(times) >= 0.05}
-    return {
-        "import_torch": imported,
-        "import_ours": ours,
-        "first_call": first_call,
-        "caches": {
-            name: counters[group][name] for group in COUNTERS for name in COUNTERS[group] if counters[group][name]
-        },
-        "phases": {name: round(seconds, 2) for name, seconds in phases.items()},
-    }
+
+def told_by_torch() -> dict[str, Any]:
+    """What torch's caches said in this process, and its clocks: nothing of what this torch does not tell."""
+    from torch._dynamo import utils
+
+    told: dict[str, Any] = {}
+    counters = getattr(utils, "counters", None)
+    if counters is not None:
+        said = {name: counters[group][name] for group in COUNTERS for name in COUNTERS[group]}
+        told["caches"] = {name: count for name, count in said.items() if count}
+    compile_times = getattr(utils, "compile_times", None)  # "torch.compile, profiling" in torch's documentation
+    if compile_times is not None:
+        phases = zip(*compile_times(repr="csv", aggregate=True), strict=True)
+        told["phases"] = {name: round(float(seconds), 2) for name, seconds in phases if float(seconds) >= 0.05}
+    return told
 
 
 def measured(contender: str, arguments: argparse.Namespace, caches: Path) -> dict[str, Any]:
@@ -105,10 +115,22 @@ def measured(contender: str, arguments: argparse.Namespace, caches: Path) -> dic
         **os.environ, "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"), "TRITON_CACHE_DIR": str(caches / "triton"),
     }  # fmt: skip
     start = time.perf_counter()
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{contender}: {done.stderr[-2000:]}")
-    return {**json.loads(done.stdout.splitlines()[-1]), "process": time.perf_counter() - start}
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        # Inductor's workers, which may still be starting, write there too. They end with the process, whose session they are,
+        # and do not share the next one's cores.
+        process = subprocess.Popen(command, env=env, stdout=out, stderr=errors, start_new_session=True)
+        try:
+            process.wait()
+            seconds = time.perf_counter() - start
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        for file in (out, errors):
+            file.seek(0)
+        if process.returncode:
+            raise SystemExit(f"{contender}: {errors.read()[-2000:]}")
+        (result,) = (line for line in out.read().splitlines() if line.startswith('{"import_torch"'))
+        return {**json.loads(result), "process": seconds}
 
 
 def main() -> None:
@@ -121,8 +143,8 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        print(json.dumps(child(arguments.child, arguments.device, arguments.length)))
-        return
+        print(json.dumps(child(arguments.child, arguments.device, arguments.length)), flush=True)
+        os._exit(0)  # torch's exit waits until its workers have started
     import torch
     from record import environment
     from tabulate import tabulate

@@ -13,6 +13,7 @@ by feature (a signature, an attribute), never by version number.
 | :mod:`.torch_compat_inductor` | the parts of Inductor that a lowering needs |
 | :mod:`.torch_compat_inlining` | plain torch code lowered in a node's place |
 | :mod:`.torch_compat_launch` | how a generated kernel is launched from its cubin |
+| :mod:`.torch_compat_threads` | kernels compiled side by side before Inductor's workers are up |
 | :mod:`.torch_compat_gluon` | Gluon kernels through Inductor |
 | :mod:`.torch_compat_calls` | torch's own attention calls, taken apart |
 | :mod:`.torch_compat_codegen` | Inductor under a pretended GPU; has a list of its own |
@@ -28,7 +29,27 @@ __all__ = ["FENCED", "missing_symbols", "resolve"]
 
 # Private symbol -> parameters that we pass by name or position. Kept as data so that one test covers them all.
 FENCED: dict[str, tuple[str, ...]] = {
+    "torch._guards:CompileContext.current_compile_id": (),
     "torch._guards:TracingContext.try_get": (),
+    "torch._inductor.async_compile:AsyncCompile.use_process_pool": (),
+    "torch._inductor.async_compile:CompiledTritonKernels.get": ("kernel_src",),
+    "torch._inductor.async_compile:CompiledTritonKernels.key": ("kernel_src",),
+    "torch._inductor.async_compile:CompiledTritonKernels.remove_future": ("kernel_src",),
+    "torch._inductor.async_compile:CompiledTritonKernels.save": ("kernel_src", "future"),
+    "torch._inductor.async_compile:_load_triton_kernel_from_source": ("kernel_name", "source_code"),
+    "torch._inductor.async_compile:_set_triton_ptxas_path": (),
+    "torch._inductor.async_compile:get_compile_threads": (),
+    "torch._inductor.codecache:LambdaFuture.__init__": ("result_fn", "future"),
+    "torch._inductor.runtime.triton_heuristics:CachingAutotuner.precompile": (
+        "warm_cache_only",
+        "static_triton_bundle_key",
+    ),
+    "torch._inductor.runtime.triton_heuristics:CachingAutotuner.set_compile_info": ("compile_id", "is_backward"),
+    "torch._inductor.select_algorithm:TritonTemplateKernel.emit_kernel_override": (
+        "wrapper",
+        "src_code",
+        "kernel_name",
+    ),
     "torch._inductor.sizevars:SizeVarAllocator.optimization_hint": ("expr", "fallback"),
     "torch._logging._internal:trace_structured": ("name", "metadata_fn", "payload_fn", "expect_trace_id"),
     "torch._dynamo._trace_wrapped_higher_order_op:TransformGetItemToIndex": (),
@@ -44,6 +65,7 @@ FENCED: dict[str, tuple[str, ...]] = {
     "torch._dynamo.variables.dicts:ConstDictVariable": ("items",),
     "torch._dynamo.variables.lists:TupleVariable": ("items",),
     "torch._dynamo.variables.tensor:SymNodeVariable.evaluate_expr": ("output_graph",),
+    "torch._dynamo.variables.user_defined:UserDefinedObjectVariable.is_supported_random": (),
     "torch._dynamo.variables.builder:wrap_fx_proxy": ("tx", "proxy", "example_value"),
     "torch._dynamo.utils:proxy_args_kwargs": ("args", "kwargs"),
     "torch._dynamo.side_effects:SideEffects.clone": (),

@@ -405,9 +405,13 @@ def deterministic_tracing() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class CompileArguments:
-    """How Inductor would compile a generated kernel, in its first configuration: arguments of ``triton.compile``."""
+    """How Inductor would compile a generated kernel, in its first configuration: arguments of ``triton.compile``.
+
+    ``arch`` is the GPU's, as Triton writes it (90).
+    """
 
     function: Any
+    arch: int
     signature: dict[str, str]
     constants: dict[str, Any]
     attributes: Any
@@ -468,6 +472,7 @@ def compile_arguments(kernel: Any) -> CompileArguments:
     meta = kernel._create_compile_meta(configuration)
     return CompileArguments(
         function=kernel.fn,
+        arch=meta["cc"],
         signature=dict(meta["signature"]),
         constants=dict(meta["constants"]),
         attributes=meta["configs"][0],

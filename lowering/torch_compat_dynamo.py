@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -53,6 +54,34 @@ def _side_effects_in_place(tx: Any) -> Iterator[None]:
     tx.output.side_effects = record
 
 
+def _call_objects_made_in_the_graph() -> None:
+    """Let Dynamo call an object that compiled code has made, whatever it hashes by.
+
+    Dynamo looks a called object up among the functions of :mod:`random`, by its hash. Of an object made in compiled code it
+    holds one without attributes, by which a dataclass cannot hash: torch 2.11 fails there ("'Alibi' object has no attribute
+    'num_heads'"), later releases take it for no such function.
+    """
+    from torch._dynamo.variables.user_defined import UserDefinedObjectVariable
+
+    class Unfinished:
+        def __hash__(self) -> int:
+            raise AttributeError
+
+    is_random = UserDefinedObjectVariable.is_supported_random
+    lookup: Any = SimpleNamespace(value=Unfinished(), _supported_random_functions=frozenset)
+    try:
+        is_random(lookup)
+    except AttributeError:
+
+        def is_supported_random(self: Any) -> bool:
+            try:
+                return is_random(self)
+            except AttributeError:
+                return False
+
+        UserDefinedObjectVariable.is_supported_random = is_supported_random  # type: ignore[method-assign]
+
+
 def register_dynamo_operator(
     op: HigherOrderOperator, *, mods: dict[int, str], names: dict[int, str], on_trace: Callable[[], None]
 ) -> None:
@@ -65,6 +94,7 @@ def register_dynamo_operator(
         names: argument position -> what the user calls the mod.
         on_trace: called before each trace (we register our lowerings there).
     """
+    _call_objects_made_in_the_graph()
     from torch._dynamo import exc
     from torch._dynamo.utils import proxy_args_kwargs
     from torch._dynamo.variables import higher_order_ops

@@ -16,6 +16,7 @@ import torch
 
 from .torch_compat import resolve
 from .torch_compat_gluon import gluon_template
+from .torch_compat_threads import start_compiling
 
 __all__ = ["compile_fx", "inductor", "length_hint", "trace_artifact"]
 
@@ -119,20 +120,27 @@ def _launched_from_cubin(template: Any) -> Any:
         def jit_lines(self) -> str:
             return _LAUNCH_IMPORTS + textwrap.dedent(super().jit_lines())
 
+        def emit_kernel_override(self, wrapper: Any, src_code: str, kernel_name: str, *arguments: Any) -> bool:
+            """Called when the kernel's text is complete; False, because Inductor writes it into the wrapper."""
+            start_compiling(kernel_name if inductor.config.triton.unique_kernel_names else "triton_", src_code)
+            return super().emit_kernel_override(wrapper, src_code, kernel_name, *arguments)
+
     return type("LaunchedFromCubin", (template,), {"kernel_type": Kernel})
 
 
 class _DeferredText:
     """A template's text, which Jinja parses when it is rendered for the first time: a tenth of a second for each of ours.
 
-    A process whose kernels are in torch's caches renders none, and one call renders a few of them.
+    A process whose kernels are in torch's caches renders none, and one call renders a few of them. What is rendered ends with
+    a line break, as Inductor's wrapper writes it: without, a kernel in the wrapper is not the one that was begun when its text
+    was complete, and Inductor compiles it twice.
     """
 
     def __init__(self, parsed: Callable[[], Any]) -> None:
         self._parsed = functools.cache(parsed)
 
     def render(self, **values: Any) -> str:
-        return self._parsed().render(**values)
+        return str(self._parsed().render(**values)) + "\n"
 
 
 def length_hint(length: Any) -> int:

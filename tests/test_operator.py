@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -63,6 +67,26 @@ def test_compiled_graph_equals_the_reference_with_mods_masks_and_captured_gradie
     compiled = torch.compile(call, backend=backend, fullgraph=True, dynamic=dynamic)
     got = with_gradients(compiled, inputs, captured)
     assert max(map(relative_error, got, want)) < 1e-11
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """A user's mod: neither a function nor one of the library."""
+
+    by: float
+
+    def __call__(self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return score - self.by * (q_idx - kv_idx)
+
+
+@pytest.mark.parametrize("make", [lambda: plx.mods.alibi(2), lambda: Shifted(0.5)], ids=["library", "user"])
+def test_mods_that_the_compiled_function_makes(make: Callable[[], Any]) -> None:
+    def call(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Tensor:
+        return plx.attention(q, k, v, r, spec=plx.PARALLAX.replace(score_mod=make(), mask_mod=plx.masks.causal()))
+
+    inputs = [torch.randn(1, 2, 16, 8, dtype=torch.float64) for _ in range(4)]
+    compiled = torch.compile(call, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs), call(*inputs))
 
 
 def test_reference_and_operator_agree_with_the_jvp_oracle() -> None:

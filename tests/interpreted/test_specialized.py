@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from parallax_compile.lowering import inductor
+from parallax_compile.lowering import inductor_kernels
 from support import interpreter
 from support.oracle import budget, leaves, low_precision, relative_error, with_gradients
 from torch import Tensor
@@ -23,8 +23,8 @@ STAGES = ("core_forward", "core_backward_query", "core_backward_key")
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two persistent programs, so that each takes several items; and Gluon in a process that cannot compile it."""
-    monkeypatch.setattr(inductor, "has_gluon", lambda: True)
-    monkeypatch.setattr(inductor, "_multiprocessors", lambda device: 2)
+    monkeypatch.setattr(inductor_kernels, "has_gluon", lambda: True)
+    monkeypatch.setattr(inductor_kernels, "_multiprocessors", lambda device: 2)
 
 
 def operands(probe: bool, rows: int, keys: int, width: int, value_width: int, offset: float = 0.0) -> list[Tensor]:

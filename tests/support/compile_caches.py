@@ -156,14 +156,17 @@ def loaded_by_stand_ins(launched: list[tuple[Any, ...]] | None = None) -> Iterat
         yield loaded
 
 
-def on_a_gpu() -> list[str]:
-    """Compile a call and its gradients for an H100, through torch's caches; the kernels that were loaded for it."""
+def on_a_gpu(**options: Any) -> list[str]:
+    """Compile a call and its gradients for an H100, through torch's caches; the kernels that were loaded for it.
+
+    ``options`` are Inductor's, over one thread.
+    """
     import torch._functorch.config as functorch
     import torch._inductor.config as inductor
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-    def inner(graph: Any, inputs: Any, **options: Any) -> Any:
-        return compile_fx_inner(*compat.move_graph(graph, inputs), **options)
+    def inner(graph: Any, inputs: Any, **how: Any) -> Any:
+        return compile_fx_inner(*compat.move_graph(graph, inputs), **how)
 
     def backend(graph: Any, inputs: Any) -> Any:
         compile_fx(graph, inputs, inner_compile=inner)
@@ -177,7 +180,7 @@ def on_a_gpu() -> list[str]:
         loaded_by_stand_ins() as loaded,
         # The backward is compiled with the forward, which nobody runs.
         functorch.patch(force_non_lazy_backward_lowering=True),
-        inductor.patch(compile_threads=1),
+        inductor.patch({"compile_threads": 1, **options}),
     ):
         torch.compile(codegen.fresh(attention), fullgraph=True, backend=backend)(*operands(torch.bfloat16, 64))
     return [name for name in loaded if name.startswith("triton_tem_")]

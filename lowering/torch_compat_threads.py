@@ -1,0 +1,76 @@
+"""Kernels of a graph compiled side by side while Inductor's worker processes are still starting.
+
+A process that compiles its first graphs has no worker yet: these import torch before they compile, which takes longer than the
+forward's and the backward's lowering. Until then Inductor (torch 2.11 to 2.13) compiles kernel after kernel in the process
+itself, while it imports the wrapper. Ours are large, and Triton holds the interpreter's lock only in its front end, a fifth of
+the time; so each of ours starts in a thread as soon as its text is there. All that the thread does is fill Triton's cache.
+Inductor, when it asks for the kernel, waits for it where it would wait for a worker's, and then goes on as always.
+
+The private symbols are fenced in :mod:`.torch_compat`.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from .torch_compat import resolve
+from .torch_compat_codegen import compile_arguments
+from .torch_compat_gluon import source_type
+
+__all__ = ["start_compiling"]
+
+
+def start_compiling(name: str, source: str) -> None:
+    """Begin to compile a kernel of the graph that is being lowered, where Inductor would begin only when it waits for it.
+
+    Args:
+        name: the kernel's function.
+        source: its module, as the wrapper hands it to Inductor.
+    """
+    inductor = resolve("torch._inductor.async_compile")
+    if inductor.get_compile_threads() <= 1 or inductor.AsyncCompile.use_process_pool():
+        return  # the user wants one after the other; or Inductor gives it to a worker at once
+    kernels, knobs = inductor.CompiledTritonKernels, resolve("triton:knobs")
+    if kernels.get(source) is not None or knobs.compilation.always_compile or knobs.runtime.interpret:
+        return
+    for tool in ("_set_triton_ptxas_path", "_set_triton_libdevice_path"):  # the latter since 2.13
+        getattr(inductor, tool, lambda: None)()  # both are part of Triton's key
+    kernel = inductor._load_triton_kernel_from_source(name, source)
+    kernel.set_compile_info(
+        resolve("torch._guards:CompileContext.current_compile_id")(),
+        getattr(resolve("torch._inductor.virtualized:V").graph, "is_backward", False),
+    )
+    compiled = _begun(kernel, inductor.get_compile_threads())
+
+    def result() -> Any:
+        # What a failure means is Inductor's to say: it meets the same one.
+        compiled.exception()
+        kernels.remove_future(source)
+        kernel.precompile(warm_cache_only=False, static_triton_bundle_key=kernels.key(source))
+        return kernel
+
+    kernels.save(source, resolve("torch._inductor.codecache:LambdaFuture")(result, future=compiled))
+
+
+def _begun(kernel: Any, threads: int) -> Future[Any]:
+    """Triton at work on a kernel of :func:`.torch_compat_codegen.load_kernel`."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    loaded = compile_arguments(kernel)
+    kind = source_type(loaded.function, ASTSource)
+    text = kind(loaded.function, loaded.signature, loaded.constants, loaded.attributes)
+    compile_kernel = functools.partial(
+        triton.compile, text, target=GPUTarget("cuda", loaded.arch, 32), options=loaded.options
+    )
+    # Overrides of Triton's and Inductor's configuration belong to the context, which a thread does not inherit.
+    return _threads(threads).submit(contextvars.copy_context().run, compile_kernel)
+
+
+@functools.cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix="parallax-compile")
