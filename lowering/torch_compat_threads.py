@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -74,3 +75,7 @@ def _begun(kernel: Any, threads: int) -> Future[Any]:
 @functools.cache
 def _threads(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, thread_name_prefix="parallax-compile")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_threads.cache_clear)  # a forked process has none of them

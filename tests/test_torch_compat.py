@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from unittest import mock
 
 import pytest
 import torch
-from parallax_compile.lowering import cache_key, torch_compat, torch_compat_inductor
+from parallax_compile.lowering import cache_key, torch_compat, torch_compat_inductor, torch_compat_threads
 from parallax_compile.lowering.torch_compat_dynamo import sums_by_atomics
 
 
@@ -35,6 +38,20 @@ def test_the_cache_salt_follows_templates_and_lowering(monkeypatch: pytest.Monke
     texts = cache_key.templates.texts()
     monkeypatch.setattr(cache_key.templates, "texts", lambda: [texts[0] + b" ", *texts[1:]])
     assert cache_key._digest() != before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_has_compiler_threads_of_its_own() -> None:
+    threads = torch_compat_threads._threads
+    assert threads(1).submit(int).result() == 0
+    child = os.fork()
+    if not child:
+        failed = 1
+        with contextlib.suppress(TimeoutError, FutureTimeoutError):
+            failed = threads(1).submit(int).result(timeout=10)
+        os._exit(failed)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_template_is_parsed_when_it_is_rendered_first() -> None:
