@@ -205,7 +205,7 @@ def _time(replays: dict[tuple[str, str], Replay], device: str, repeats: int, fou
             replay()
             samples[key] += clock(replay, each[key])
     for (name, direction), measured in samples.items():
-        found[name][direction] = {**summary(measured), "clock": replays[name, direction].kind}
+        found[name][direction] = {**summary(measured), **replays[name, direction].clock}
 
 
 def _judged(row: Row, found: dict[str, dict[str, Any]]) -> dict[str, Any]:

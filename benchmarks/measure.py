@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import random
 import statistics
 import time
@@ -61,10 +62,11 @@ class Replay:
 
     Attributes:
         kind: ``graph`` or ``call``.
+        reason: what was said where a graph was tried and could not be captured.
     """
 
     def __init__(self, call: Callable[[], Any], device: str) -> None:
-        self._run, self.kind = call, "call"
+        self._run, self.kind, self.reason = call, "call", ""
         self._call = call  # holds the tensors that the graph reads and nobody else might keep, as a block mask's
         if device != "cuda":
             return
@@ -73,13 +75,22 @@ class Replay:
         with torch.cuda.stream(side):
             call()
         torch.cuda.current_stream().wait_stream(side)
+        # Triton's autotuner leaves cycles, of the errors of what does not fit the GPU, that hold its arguments, and by them an
+        # autograd graph of an earlier call: its leaves belong to that call's stream, which a capture must not touch.
+        gc.collect()
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
                 self._held = call()
             self._run, self.kind = graph.replay, "graph"
-        except RuntimeError:  # it waits for the device or allocates on the host: timed as it is
+        except RuntimeError as error:  # it waits for the device or allocates on the host: timed as it is
             torch.cuda.synchronize()
+            self.reason = str(error)[:300]
+
+    @property
+    def clock(self) -> dict[str, str]:
+        """How it is timed, for a record."""
+        return {"clock": self.kind, **({"not_captured": self.reason} if self.reason else {})}
 
     def __call__(self) -> None:
         self._run()
@@ -162,7 +173,7 @@ def measure(
                 with _peak_memory(device) as peak:
                     call()
                 replay = calls[contender.name, direction] = Replay(call, device)
-                row[direction] = {"first_call_s": seconds, **peak, "clock": replay.kind}
+                row[direction] = {"first_call_s": seconds, **peak, **replay.clock}
         except Exception as error:  # a contender that cannot run is a result, not a failure of the run
             row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
             calls = {key: call for key, call in calls.items() if key[0] != contender.name}

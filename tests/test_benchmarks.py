@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import itertools
 import json
 import os
 import subprocess
 import sys
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -47,6 +52,37 @@ def test_quantiles() -> None:
     from measure import summary
 
     assert summary([5.0, 1.0, 4.0, 2.0, 3.0]) == {"ms": 3.0, "ms_20": 2.0, "ms_80": 5.0}
+
+
+@pytest.mark.parametrize("refused", ["", "it waits for the device"])
+def test_a_capture_finds_no_graph_of_an_earlier_call(monkeypatch: pytest.MonkeyPatch, refused: str) -> None:
+    import measure
+
+    class Held:
+        pass
+
+    gc.disable()  # not collected by chance
+    held = Held()
+    held.itself = held  # as the errors of an autotuner are
+    alive = weakref.ref(held)
+    del held
+
+    @contextlib.contextmanager
+    def capture(graph: Any) -> Iterator[None]:
+        assert alive() is None
+        if refused:
+            raise RuntimeError(refused)
+        yield
+
+    for name in ("Stream", "current_stream", "CUDAGraph", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    try:
+        replay = measure.Replay(lambda: None, "cuda")
+    finally:
+        gc.enable()
+    assert replay.clock == ({"clock": "call", "not_captured": refused} if refused else {"clock": "graph"})
 
 
 def test_flops_are_the_least_products() -> None:
