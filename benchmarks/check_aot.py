@@ -48,7 +48,9 @@ def build(folder: Path, target: str) -> None:
 
 
 def errors(results: list[Tensor], wanted: list[Tensor]) -> list[float]:
-    return [float((a.double() - b).norm() / b.norm()) for a, b in zip(results, wanted, strict=True)]
+    """Relative, by norm; of what should be zero, absolute."""
+    pairs = [(a.double() - b, float(b.norm())) for a, b in zip(results, wanted, strict=True)]
+    return [float(off.norm()) / (size or 1.0) for off, size in pairs]
 
 
 def check_artifact(path: Path, spec: plx.AttentionSpec, shape: str) -> dict[str, Any]:

@@ -330,8 +330,9 @@ def candidates(
     forced = forced_fields(stage, options or {})
     if forced.get("tma") and not tma:
         raise InputError(
-            f"kernel_options[USE_TMA] of {stage} needs a GPU of capability 9.0 or more, and query, key, value, probe and "
-            "the gradient of out with contiguous rows at multiples of 16 bytes. Leave it out, or copy with .contiguous()."
+            f"kernel_options[USE_TMA] of {stage} needs a GPU of capability 9.0 or more, query, key, value, probe and "
+            "the gradient of out with contiguous rows at multiples of 16 bytes, and no C++ wrapper (AOTInductor). Leave it out, "
+            "or copy with .contiguous()."
         )
     if forced.pop("specialized", False) and (
         stage in SPECIALIZED_STAGES or _names_stage(stage, "WARP_SPECIALIZED", options)
@@ -439,7 +440,7 @@ def _check_specialized(stage: str, possible: bool, forced: Mapping[str, Any]) ->
             "multiples of 16 bytes, a positive scale, mods that are arithmetic of score, indices and captured tensors without "
             "gradients (tanh: plx.mods.tanh_cap(approx=True)) and grow at most 1024 times as fast as their score, no solved "
             "probe in the backward, all gradients that a backward stage computes, a mask that only compares indices and "
-            "captured tensors, and mask blocks of whole 128 rows. Leave it out."
+            "captured tensors, mask blocks of whole 128 rows, and no C++ wrapper (AOTInductor). Leave it out."
         )
     rows = SPECIALIZED_STAGES[stage].upper()
     for name, value in ((rows, SPECIALIZED_ROWS), ("num_warps", 4), ("USE_TMA", True), ("HELD_TILES", 0)):

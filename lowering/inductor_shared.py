@@ -133,11 +133,11 @@ def tma_possible(device: torch.device, tensors: Sequence[Any]) -> bool:
     """Whether the target has tensor descriptors and each of ``tensors`` can be read through them.
 
     That takes contiguous rows of which no two are the same memory, and the base and every other stride at multiples of 16
-    bytes.
+    bytes. A kernel makes its descriptors in scratch memory, of which a C++ wrapper (AOTInductor's) has none for each block.
     """
-    if torch.cuda.get_device_capability(device) < (9, 0):
-        return False
     graph = inductor.V.graph
+    if torch.cuda.get_device_capability(device) < (9, 0) or graph.cpp_wrapper:
+        return False
     multiple = graph.sizevars.statically_known_multiple_of
 
     def possible(tensor: Any) -> bool:

@@ -441,6 +441,22 @@ def test_a_specialised_kernel_is_never_taken_unasked() -> None:
 
 
 @pytest.mark.skipif(not has_gluon(), reason="this Triton has no Gluon for Hopper")
+def test_a_cpp_wrapper_gets_no_kernel_that_makes_descriptors() -> None:
+    # They are made in scratch memory, which it allocates for one block only.
+    causal = plx.PARALLAX.replace(mask_mod=plx.masks.causal())
+    x = [torch.empty(1, 2, 512, 64, dtype=torch.bfloat16, device="meta") for _ in range(4)]
+
+    def heard(cpp_wrapper: bool) -> list[tuned.Answer]:
+        with tuned.listening() as answers, torch._inductor.config.patch(cpp_wrapper=cpp_wrapper):
+            # Without CUDA the wrapper itself cannot be written.
+            with contextlib.suppress(Exception):
+                codegen.generate(lambda *t: plx.attention(*t, spec=causal), x, target="sm_90", backward=False)
+            return list(answers)
+
+    assert [answer.candidate.tma for answer in heard(False)] == [True]
+    assert [answer.candidate.tma for answer in heard(True)] == [False]
+
+
 def test_the_specialised_forward_is_the_default_where_the_shipped_table_says_so() -> None:
     causal = plx.SOFTMAX.replace(mask_mod=plx.masks.causal())
 
