@@ -331,8 +331,8 @@ def candidates(
     if forced.get("tma") and not tma:
         raise InputError(
             f"kernel_options[USE_TMA] of {stage} needs a GPU of capability 9.0 or more, query, key, value, probe and "
-            "the gradient of out with contiguous rows at multiples of 16 bytes, and no C++ wrapper (AOTInductor). Leave it out, "
-            "or copy with .contiguous()."
+            "the gradient of out with contiguous rows at multiples of 16 bytes, and no C++ wrapper (AOTInductor). Leave it "
+            "out, or copy with .contiguous()."
         )
     if forced.pop("specialized", False) and (
         stage in SPECIALIZED_STAGES or _names_stage(stage, "WARP_SPECIALIZED", options)
