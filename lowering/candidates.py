@@ -301,6 +301,7 @@ def candidates(
     tma: bool = False,
     specialized: bool = False,
     tensor_memory: bool = False,
+    crowded: bool = False,
     tf32: bool = False,
     q_block: int | None = None,
     kv_block: int | None = None,
@@ -318,6 +319,8 @@ def candidates(
         tma: whether the target has tensor descriptors and the tensors are laid out as they need it.
         specialized: whether the call is one that a warp-specialised kernel can compute, on a target that it is for.
         tensor_memory: whether products are accumulated in the target's tensor memory.
+        crowded: whether a warp can take no more than 1024 numbers of a tile of rows: ptxas gives up on more of the systems with
+            an intercept for capability 8.0 (32 registers and 35 kB of spills a thread).
         tf32: whether float32 is multiplied as TF32, on the tensor cores.
         q_block, kv_block: sizes of the block mask's blocks, which tiles must divide; None without one.
         options: the user's ``kernel_options``; a more specific prefix wins over a less specific one.
@@ -346,6 +349,8 @@ def candidates(
         if tensor_memory and stage == "core_solve_direct" and candidate.block_m > 32 and "block_m" not in forced:
             continue  # the matrices of 64 rows take more columns of it than there are; those of fewer rows stay in registers
         if candidate.tma and not tma and "tma" not in forced:
+            continue
+        if crowded and candidate.block_m * padded(width) > 1024 * candidate.num_warps:
             continue
         candidate = replace(candidate, **forced)
         if "block_m" not in forced and q_block is not None:

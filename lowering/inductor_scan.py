@@ -84,6 +84,7 @@ def _instantiate(
         width=width,
         value_width=value_width,
         itemsize=4 if dot == "tl.float32" else 2,
+        crowded=stage == "scan_systems" and switches["INTERCEPT"] and torch.cuda.get_device_capability(device)[0] < 9,
         tf32=exact == "'tf32'",
         row_tiles=1,
         shared_memory_limit=shared_memory_limit(device),
