@@ -391,7 +391,11 @@ def tuned() -> dict[str, dict[str, Any]]:
 
 
 def prepare() -> None:
-    """Let autotuners time what the cache holds of the peers' kernels and nothing else; does nothing without such a cache."""
+    """Let autotuners time what the cache holds of the peers' kernels and nothing else; does nothing without such a cache.
+
+    What autotuners did before is forgotten (:func:`tuned`).
+    """
+    _tuned.clear()
     cache = Path(os.environ.get("TRITON_CACHE_DIR", ""))
     if not (cache / LISTED).is_file():
         return
@@ -405,10 +409,10 @@ def prepare() -> None:
         return
     compile_now, bench, run = triton.compiler.compile, Autotuner._bench, Autotuner.run
     timing, clock = FileLock(cache / "timing.lock"), functools.cache(lambda: Clock("cuda"))
-    tuning = False
+    refusing = False
 
     def held_or_refused(source: Any, target: Any, options: dict[str, Any]) -> Any:
-        if tuning and source.fn.module.partition(".")[0] in PEERS:
+        if refusing and source.fn.module.partition(".")[0] in PEERS:
             task = Task("", source, target, options, _rest(source, target, options))
             if not _held(cache, task.folder):
                 _left_out.append(task.configuration)
@@ -423,22 +427,27 @@ def prepare() -> None:
         return [found[f"ms_{share * 100:.0f}" if share != 0.5 else "ms"] for share in quantiles]
 
     def timed(tuner: Any, *arguments: Any, **named: Any) -> Any:
-        nonlocal tuning
-        tuning = True
-        try:
-            return bench(tuner, *arguments, **named)
-        finally:
-            tuning = False
+        # Until one could be timed: the tuner would choose one of those that could not, and compile it.
+        nonlocal refusing
+        refusing, before = True, refusing
+        times = bench(tuner, *arguments, **named)
+        refusing = before and times[0] == float("inf")
+        return times
 
     def tune(tuner: Any, *arguments: Any, **named: Any) -> Any:
-        known = len(tuner.cache)
+        nonlocal refusing
+        known, refusing = len(tuner.cache), True
+        name = f"{tuner.base_fn.__module__}.{tuner.base_fn.__name__}"
         _left_out.clear()
-        result = run(tuner, *arguments, **named)
+        try:
+            result = run(tuner, *arguments, **named)
+        except PTXASError as error:
+            tuner.cache.popitem()  # its choice
+            raise RuntimeError(f"no configuration of {name} was compiled ahead for this call.") from error
+        finally:
+            refusing = False
         if len(tuner.cache) > known:
-            name = f"{tuner.base_fn.__module__}.{tuner.base_fn.__name__}"
             count = sum(times[0] < float("inf") for times in tuner.configs_timings.values())
-            if not count:
-                raise RuntimeError(f"no configuration of {name} was compiled ahead for this call.")
             _tuned[name] = {
                 "configurations": len(tuner.configs_timings),
                 "timed": count,

@@ -295,12 +295,9 @@ class Recorder:
         )
         # The choice is made by us, without timing; with one candidate offered there is nothing to choose.
         with tuned.listening() as self._heard:
-            options = {
-                "max_autotune": self._every,
-                "allow_buffer_reuse": not self._isolated,
-                "inplace_buffers": not self._isolated,
-                "epilogue_fusion": not self._isolated,
-            }
+            options = {"max_autotune": self._every}
+            if self._isolated:
+                options |= dict.fromkeys(("allow_buffer_reuse", "inplace_buffers", "epilogue_fusion"), False)
             compat.triton_source(graph, there, self.target, hooks, options, **kwargs)
         self._answers += self._heard
         kernels = tuple(self._kernel(name, source, direction) for name, source in sources)

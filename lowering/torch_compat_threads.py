@@ -11,17 +11,23 @@ The private symbols are fenced in :mod:`.torch_compat`.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import functools
+import logging
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
+
+import torch
 
 from .torch_compat import resolve
 from .torch_compat_codegen import compile_arguments
 from .torch_compat_gluon import source_type
 
 __all__ = ["start_compiling"]
+
+_log = logging.getLogger(__name__)
 
 
 def start_compiling(name: str, source: str) -> None:
@@ -31,8 +37,15 @@ def start_compiling(name: str, source: str) -> None:
         name: the kernel's function.
         source: its module, as the wrapper hands it to Inductor.
     """
+    try:
+        _start(name, source)
+    except (AttributeError, TypeError) as error:  # another torch or Triton: it compiles the kernel itself, later
+        _log.debug("%s is not compiled ahead: %r", name, error)
+
+
+def _start(name: str, source: str) -> None:
     inductor = resolve("torch._inductor.async_compile")
-    if inductor.get_compile_threads() <= 1 or inductor.AsyncCompile.use_process_pool():
+    if inductor.get_compile_threads() <= 1 or inductor.AsyncCompile.use_process_pool() or torch.version.hip:
         return  # the user wants one after the other; or Inductor gives it to a worker at once
     kernels, knobs = inductor.CompiledTritonKernels, resolve("triton:knobs")
     if kernels.get(source) is not None or knobs.compilation.always_compile or knobs.runtime.interpret:
@@ -40,6 +53,8 @@ def start_compiling(name: str, source: str) -> None:
     for tool in ("_set_triton_ptxas_path", "_set_triton_libdevice_path"):  # the latter since 2.13
         getattr(inductor, tool, lambda: None)()  # both are part of Triton's key
     kernel = inductor._load_triton_kernel_from_source(name, source)
+    if not kernel.configs:
+        return  # the kernel of an earlier graph, compiled in this process
     kernel.set_compile_info(
         resolve("torch._guards:CompileContext.current_compile_id")(),
         getattr(resolve("torch._inductor.virtualized:V").graph, "is_backward", False),
@@ -47,8 +62,7 @@ def start_compiling(name: str, source: str) -> None:
     compiled = _begun(kernel, inductor.get_compile_threads())
 
     def result() -> Any:
-        # What a failure means is Inductor's to say: it meets the same one.
-        compiled.exception()
+        compiled.result()
         kernels.remove_future(source)
         kernel.precompile(warm_cache_only=False, static_triton_bundle_key=kernels.key(source))
         return kernel
@@ -56,7 +70,7 @@ def start_compiling(name: str, source: str) -> None:
     kernels.save(source, resolve("torch._inductor.codecache:LambdaFuture")(result, future=compiled))
 
 
-def _begun(kernel: Any, threads: int) -> Future[Any]:
+def _begun(kernel: Any, threads: int) -> Future[None]:
     """Triton at work on a kernel of :func:`.torch_compat_codegen.load_kernel`."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -65,9 +79,12 @@ def _begun(kernel: Any, threads: int) -> Future[Any]:
     loaded = compile_arguments(kernel)
     kind = source_type(loaded.function, ASTSource)
     text = kind(loaded.function, loaded.signature, loaded.constants, loaded.attributes)
-    compile_kernel = functools.partial(
-        triton.compile, text, target=GPUTarget("cuda", loaded.arch, 32), options=loaded.options
-    )
+
+    def compile_kernel() -> None:
+        # What a failure means is Inductor's to say: it meets the same one.
+        with contextlib.suppress(Exception):
+            triton.compile(text, target=GPUTarget("cuda", loaded.arch, 32), options=loaded.options)
+
     # Overrides of Triton's and Inductor's configuration belong to the context, which a thread does not inherit.
     return _threads(threads).submit(contextvars.copy_context().run, compile_kernel)
 

@@ -457,7 +457,6 @@ def test_a_specialised_kernel_is_never_taken_unasked() -> None:
     assert not any(candidate.specialized for candidate in offered)
 
 
-@pytest.mark.skipif(not has_gluon(), reason="this Triton has no Gluon for Hopper")
 def test_a_cpp_wrapper_gets_no_kernel_that_makes_descriptors() -> None:
     # They are made in scratch memory, which it allocates for one block only.
     causal = plx.PARALLAX.replace(mask_mod=plx.masks.causal())
@@ -474,6 +473,7 @@ def test_a_cpp_wrapper_gets_no_kernel_that_makes_descriptors() -> None:
     assert [answer.candidate.tma for answer in heard(True)] == [False]
 
 
+@pytest.mark.skipif(not has_gluon(), reason="this Triton has no Gluon for Hopper")
 def test_the_specialised_forward_is_the_default_where_the_shipped_table_says_so() -> None:
     causal = plx.SOFTMAX.replace(mask_mod=plx.masks.causal())
 

@@ -70,13 +70,13 @@ with peers.pretended():
     command("unpack")
     command("check")
     peers.prepare()
-    for length in (64, 128, 72):
+    for length in (64, 128, 72, 72):
         hits.clear()
         try:
             toypeer.call(torch.empty(length))
             print(json.dumps({"tuned": peers.tuned(), "hits": hits}))
         except RuntimeError as error:
-            print(error)
+            print(error, hits)
 """
 )
 
@@ -154,8 +154,8 @@ def test_a_real_call_finds_what_was_compiled_ahead(run: Callable[[str], list[str
         kernel = told["tuned"]["toypeer.double"]
         assert (kernel["configurations"], kernel["timed"], kernel["left_out"]) == (4, 3, 1)
         assert "BLOCK" in kernel["chosen"]
-    # 72 has other kernels: refused at once, in place of compiling them one by one.
-    assert said[-1] == "no configuration of toypeer.double was compiled ahead for this call."
+    # 72 has other kernels: refused, again when it comes again, in place of compiling them one by one.
+    assert said[-2:] == ["no configuration of toypeer.double was compiled ahead for this call. []"] * 2
 
 
 def test_another_build_of_triton_has_its_own_keys(run: Callable[[str], list[str]], compiled: list[str]) -> None:

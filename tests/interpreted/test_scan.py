@@ -164,6 +164,24 @@ def test_systems_of_keys_of_any_size(exponent: int) -> None:
     assert relative_error(found[1], found[0].double()) <= 2.0**-8  # of the last rounding
 
 
+@pytest.mark.parametrize("spec, length", [(plx.MESA, 70), (plx.AFFINE_MESA, 70), (plx.AFFINE_MESA, 1)])
+def test_systems_of_keys_that_are_zero(spec: plx.AttentionSpec, length: int) -> None:
+    """Padding before a sequence, or one key, which is its own mean: the ridge is all that such rows have."""
+    spec = spec.replace(mask_mod=CAUSAL, probe=plx.Solved(4.0))
+    q, k, v, _ = operands(torch.bfloat16, length=length, rows=length)
+    if length > 64:
+        k[:, :, :64] = 0.0
+    want = with_gradients(lambda *x: plx.attention(*x, spec=spec, enable_gqa=True), leaves([q, k, v], torch.float64))
+    call = interpreter.interpreted(lambda *x: plx.attention(*x, spec=spec, enable_gqa=True))
+    with in_segments(1):
+        got = with_gradients(call, leaves([q, k, v], torch.bfloat16))
+    for mine, exact in zip(got, want, strict=True):
+        assert mine.isfinite().all()
+        assert float((mine.double() - exact).norm()) <= 2.2 * 2.0**-8 * max(
+            float(exact.norm()), float(v.double().norm())
+        )
+
+
 def test_a_given_state_that_is_no_sum_of_squares() -> None:
     """Its entries pass its diagonal: rows keep what they have found, and none is inf or NaN."""
     spec = plx.MESA.replace(mask_mod=CAUSAL, probe=plx.Solved(1.0))

@@ -155,6 +155,18 @@ def test_a_row_without_a_key_has_no_gradient_and_a_key_without_a_row_neither() -
         assert (grad.abs().sum(-1) > 0).any()
 
 
+def test_a_tile_of_queries_without_a_step_has_no_gradient() -> None:
+    """Queries that padding masks: whole tiles of them, which come first, before any tile has visited a key."""
+    spec = plx.PARALLAX.replace(mask_mod=lambda b, h, q, k: (q >= k) & (q < 100))
+    call = interpreter.interpreted(lambda *x: plx.attention(*x, spec=spec, enable_gqa=True, kernel_options=SPECIALIZED))
+    found = with_gradients(call, leaves(operands(True, 200, 200, 64, 64), torch.bfloat16))
+    assert all(tensor.isfinite().all() for tensor in found)
+    out, dq, _, _, dr = found
+    for tensor in (out, dq, dr):
+        assert (tensor[:, :, 100:] == 0).all()
+        assert (tensor[:, :, 1:100].abs().sum(-1) > 0).all()
+
+
 def test_what_waits_in_16_bits_costs_no_accuracy() -> None:
     inputs = operands(True, 192, 192, 128, 128)
     want = with_gradients(lambda *x: plx.attention(*x, enable_gqa=True), leaves(inputs, torch.float64))
