@@ -319,8 +319,8 @@ def candidates(
         tma: whether the target has tensor descriptors and the tensors are laid out as they need it.
         specialized: whether the call is one that a warp-specialised kernel can compute, on a target that it is for.
         tensor_memory: whether products are accumulated in the target's tensor memory.
-        crowded: whether a warp can take no more than 1024 numbers of a tile of rows: below capability 9 ptxas gives up on more of
-            the systems with an intercept (32 registers and 35 kB of spills a thread on 8.0).
+        crowded: whether a warp can take no more than 1024 numbers of a tile of rows: below capability 9 ptxas gives up on more
+            of the systems with an intercept (32 registers and 35 kB of spills a thread on 8.0).
         tf32: whether float32 is multiplied as TF32, on the tensor cores.
         q_block, kv_block: sizes of the block mask's blocks, which tiles must divide; None without one.
         options: the user's ``kernel_options``; a more specific prefix wins over a less specific one.

@@ -11,7 +11,6 @@ The private symbols are fenced in :mod:`.torch_compat`.
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import functools
 import logging
@@ -81,9 +80,10 @@ def _begun(kernel: Any, threads: int) -> Future[None]:
     text = kind(loaded.function, loaded.signature, loaded.constants, loaded.attributes)
 
     def compile_kernel() -> None:
-        # What a failure means is Inductor's to say: it meets the same one.
-        with contextlib.suppress(Exception):
+        try:
             triton.compile(text, target=GPUTarget("cuda", loaded.arch, 32), options=loaded.options)
+        except Exception:  # what it means is Inductor's to say: it compiles the kernel itself
+            _log.debug("%s was not compiled in a thread", loaded.function, exc_info=True)
 
     # Overrides of Triton's and Inductor's configuration belong to the context, which a thread does not inherit.
     return _threads(threads).submit(contextvars.copy_context().run, compile_kernel)
