@@ -442,7 +442,6 @@ def prepare() -> None:
         try:
             result = run(tuner, *arguments, **named)
         except PTXASError as error:
-            tuner.cache.popitem()  # its choice
             raise RuntimeError(f"no configuration of {name} was compiled ahead for this call.") from error
         finally:
             refusing = False
