@@ -28,7 +28,8 @@ class DecodeCandidate:
 
 
 # (bytes of a cached number, padded width up to) -> BLOCK_N, warps, stages, programs, tma, best first. Guesses, but for
-# (2, 128), of which most were timed on an H100 (benchmarks/NOTES.md); `benchmarks/decode.py --sweep` times the rest.
+# (2, 128), of which most were timed on an H100, and (1, 128), timed on an H200 (benchmarks/NOTES.md); `benchmarks/decode.py
+# --sweep` times the rest.
 _TABLE: dict[tuple[int, int], tuple[tuple[int, ...], ...]] = {
     (2, 64): ((64, 4, 4, 2), (128, 4, 3, 2), (64, 4, 3, 4), (32, 4, 4, 4)),
     (2, 128): (
@@ -41,7 +42,7 @@ _TABLE: dict[tuple[int, int], tuple[tuple[int, ...], ...]] = {
     ),
     (2, 256): ((32, 4, 3, 2), (16, 4, 3, 2)),
     (1, 64): ((128, 4, 4, 2), (64, 4, 4, 4)),
-    (1, 128): ((64, 4, 4, 2), (128, 4, 3, 2), (64, 4, 3, 4)),
+    (1, 128): ((128, 4, 3, 2), (64, 4, 3, 3), (64, 4, 4, 2), (64, 4, 3, 4)),
     (1, 256): ((64, 4, 3, 1), (32, 4, 3, 2)),
     (4, 64): ((32, 4, 3, 2), (16, 4, 2, 2)),
     (4, 128): ((32, 8, 2, 2), (16, 4, 2, 2)),
@@ -49,7 +50,7 @@ _TABLE: dict[tuple[int, int], tuple[tuple[int, ...], ...]] = {
 }
 # What comes before a row of the table where a multiprocessor has less to read than one tile of the row's first: more and
 # shorter splits. Timed: (2, 128), one sequence of 1024 keys and 8 heads on an H100, 7.3 instead of 8.4 us.
-_FEW_KEYS: dict[tuple[int, int], tuple[int, ...]] = {(2, 128): (32, 2, 4, 4)}
+_FEW_KEYS: dict[tuple[int, int], tuple[int, ...]] = {(2, 128): (32, 2, 4, 4), (1, 128): (64, 4, 4, 2)}
 _FIELDS = {
     "BLOCK_N": "block_n",
     "num_warps": "num_warps",

@@ -13,16 +13,17 @@ from ..errors import InputError
 from . import cpu
 from .append import append  # noqa: F401  (its lowering is here)
 from .candidates import padded
-from .counters import has_counters
 from .decode import as_core, attention_decode, empty_statistics
 from .decode_candidates import decode_candidates
 from .inductor_shared import (
     LN2,
     LOG2E,
     allocate,
+    counters_at_zero,
     distinct,
     flat,
     forward_mod,
+    has_counters,
     inline,
     node_layouts,
     precision,
@@ -380,8 +381,7 @@ def split_keys(
             has_probe=has_probe,
             block_n=block_n,
             programs=programs * multiprocessors,
-            # C++ wrappers do not ask for counters either.
-            merge=options.get("MERGE") if has_counters() and not inductor.V.graph.cpp_wrapper else "stage",
+            merge=options.get("MERGE") if has_counters() else "stage",
         )
 
     known = isinstance(batch, int) and most_keys is not None
@@ -420,7 +420,7 @@ def split_keys(
     state_size = [programs, heads, tile_rows, 4]
     split_inputs, written = dict(inputs), {}
     if merge == "kernel":
-        split_inputs["COUNTERS"] = _counters(device, batch * heads)
+        split_inputs["COUNTERS"] = _operand(counters_at_zero(device, batch * heads))
         written = partial | {"STATE": _scratch(device, state_size)}
     elif merge == "stage":
         written = dict(partial)
@@ -490,21 +490,6 @@ def split_keys(
         raise error
     out = _choose("decode_merge", merge_inputs, out_layout, choices, [], [])
     return out, statistics["LSE"], statistics["PROBE_MEAN"]
-
-
-def _counters(device: torch.device, count: int) -> Any:
-    """Zeros with which the splits of each head count who is last (:mod:`.counters`)."""
-    device_text = f"device(type={device.type!r}, index={device.index})"
-    found = inductor.found_at_each_call(
-        f"counters({device_text}, get_raw_stream({device.index}), {count})",
-        [
-            "from torch import device",
-            "from parallax_compile.lowering.counters import counters, prepare",
-            f"prepare({device_text})",
-        ],
-        inductor.ir.FixedLayout(device, torch.int32, [count], [1]),
-    )
-    return _operand(found)
 
 
 def _within_blocks(found: list[Any], kv_block: int, options: dict[str, Any]) -> list[Any]:

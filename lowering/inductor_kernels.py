@@ -9,7 +9,18 @@ import torch
 from .. import templates
 from .candidates import SPECIALIZED_GROUPS, SPECIALIZED_ROWS, SPECIALIZED_STAGES, padded
 from .inductor_call import Call
-from .inductor_shared import LN2, LOG2E, Mod, distinct, flat, precision, realized, shared_memory_limit, tma_possible
+from .inductor_shared import (
+    LN2,
+    LOG2E,
+    Mod,
+    counters_at_zero,
+    distinct,
+    flat,
+    precision,
+    realized,
+    shared_memory_limit,
+    tma_possible,
+)
 from .mod_graphs import is_elementary_mask
 from .plan_stages import Problem
 from .torch_compat_gluon import has_gluon
@@ -184,9 +195,7 @@ def instantiate(
     if common["HAS_COUNTER"]:
         # Persistent programs draw their items from it, and leave it at 0.
         generators[len(inputs)] = _zeros_like
-        counter = inductor.lowerings[torch.ops.aten.full]([2], 0, dtype=torch.int32, device=call.device)
-        inputs = inputs | {"COUNTER": realized([counter])[0]}
-        mutated = [*mutated, inputs["COUNTER"]]
+        inputs = inputs | {"COUNTER": realized([counters_at_zero(call.device, 2)])[0]}
     nodes = [*inputs.values(), *lists]
     specialized = {
         "PROGRAMS": _multiprocessors(call.device),

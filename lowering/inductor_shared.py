@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from . import counters
 from .mod_graphs import digest, is_additive, is_elementary_mod, is_identity, largest_slope
 from .torch_compat_inductor import inductor
 
@@ -116,6 +117,27 @@ def node_layouts(results: Any = None) -> list[Any]:
 def allocate(layout: Any) -> Any:
     """A buffer of ``layout`` that a kernel writes."""
     return inductor.empty_strided(layout.size, layout.stride, dtype=layout.dtype, device=layout.device)
+
+
+def has_counters() -> bool:
+    """Whether the code that is being generated can ask for :mod:`.counters`: a C++ wrapper, or an artifact, cannot."""
+    return counters.has_counters() and not inductor.V.graph.cpp_wrapper
+
+
+def counters_at_zero(device: torch.device, count: int) -> Any:
+    """int32 zeros for a kernel that leaves them at zero: :mod:`.counters`, or where there are none, filled for the call."""
+    if not has_counters():
+        return inductor.lowerings[torch.ops.aten.full]([count], 0, dtype=torch.int32, device=device)
+    device_text = f"device(type={device.type!r}, index={device.index})"
+    return inductor.found_at_each_call(
+        f"counters({device_text}, get_raw_stream({device.index}), {count})",
+        [
+            "from torch import device",
+            "from parallax_compile.lowering.counters import counters, prepare",
+            f"prepare({device_text})",
+        ],
+        inductor.ir.FixedLayout(device, torch.int32, [count], [1]),
+    )
 
 
 def precision() -> str:

@@ -7,6 +7,7 @@ selective checkpointing need. Arguments are positional; captured tensors are tup
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._C import DispatchKey
 
+from .torch_compat import once_imported
 from .torch_compat_dynamo import register_dynamo_operator
 from .torch_compat_operator import (
     HigherOrderOperator,
@@ -165,9 +167,11 @@ class ModOperator(HigherOrderOperator):
 
         kinds = {"score": "score_mod", "mask": "mask_fn"}
         at = [self._position[place.argument] for place in self.mods]
-        register_dynamo_operator(
+        register = functools.partial(
+            register_dynamo_operator,
             self,
             mods={i: kinds[place.kind] for i, place in zip(at, self.mods, strict=True)},
             names={i: place.name for i, place in zip(at, self.mods, strict=True)},
             on_trace=register_lowerings,
         )
+        once_imported("torch._dynamo", register)

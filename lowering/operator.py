@@ -34,7 +34,7 @@ from torch._C import DispatchKey
 from . import dense
 from .mod_graphs import differentiated_buffers
 from .mod_operator import COVARIANCE, MASK, SCORE, ModOperator, ModPlace, example_arguments, statistics_dtype
-from .torch_compat_operator import TransformGetItemToIndex, create_fw_bw_graph, save_values_for_backward, saved_values
+from .torch_compat_operator import create_fw_bw_graph, indexing_by_tensors, save_values_for_backward, saved_values
 
 __all__ = [
     "BlockMaskOperands",
@@ -340,7 +340,7 @@ def _forward_autograd(
     differentiable = (query, key, value, probe, *score_mod_buffers, *covariance_mod_buffers)
     mods: tuple[Mod, Mod] = (score_mod, covariance_mod)
     joint = None
-    with TransformGetItemToIndex():
+    with indexing_by_tensors():
         if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in differentiable):
             mods, joint = joint_graphs(query, mods, (score_mod_buffers, covariance_mod_buffers))
         return _AttentionAutograd.apply(

@@ -23,7 +23,7 @@ from torch._C import DispatchKey
 from . import dense
 from .mod_operator import MASK, SCORE, ModOperator, statistics_dtype
 from .operator import attention_backward, empty_in_layout_of, joint_graphs, once_differentiable
-from .torch_compat_operator import TransformGetItemToIndex, save_values_for_backward, saved_values
+from .torch_compat_operator import indexing_by_tensors, save_values_for_backward, saved_values
 
 Mod = Callable[..., Any]
 
@@ -139,7 +139,7 @@ def _solve_autograd(*arguments: Any) -> Any:
         return once_differentiable(attention_solve, arguments)
     mods: tuple[Mod, Mod] = (score_mod, _identity)
     joints = None
-    with TransformGetItemToIndex():
+    with indexing_by_tensors():
         differentiable = (query, key, value, ridge, *score_buffers)
         if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in differentiable):
             mods, joints = joint_graphs(query, mods, (score_buffers, ()))

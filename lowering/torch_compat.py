@@ -21,11 +21,14 @@ by feature (a signature, an attribute), never by version number.
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from typing import Any
 
-__all__ = ["FENCED", "missing_symbols", "resolve"]
+__all__ = ["FENCED", "missing_symbols", "once_imported", "resolve"]
 
 # Private symbol -> parameters that we pass by name or position. Kept as data so that one test covers them all.
 FENCED: dict[str, tuple[str, ...]] = {
@@ -167,6 +170,40 @@ def resolve(source: str) -> Any:
     for part in filter(None, symbol.split(".")):
         found = getattr(found, part)
     return found
+
+
+def once_imported(name: str, action: Callable[[], None]) -> None:
+    """Run ``action`` as soon as module ``name`` is there: now, or when somebody imports it.
+
+    What we teach Dynamo has to be there before it traces a call of ours, but ``import torch`` does without Dynamo, whose own
+    import takes as long as that of all else in torch, and so does ``import parallax_compile``.
+    """
+    if name in sys.modules:
+        action()
+    else:
+        sys.meta_path.insert(0, _Awaited(name, action))
+
+
+class _Awaited:
+    """Finds one module as Python does, and runs an action at the end of its import."""
+
+    def __init__(self, name: str, action: Callable[[], None]) -> None:
+        self.name, self.action = name, action
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                execute(module)
+                self.action()
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
 
 
 def missing_symbols() -> list[str]:

@@ -13,19 +13,27 @@ from torch._ops import HigherOrderOperator
 from torch.fx.experimental.proxy_tensor import set_original_aten_op
 
 from ..errors import InputTypeError, UnsupportedError
+from .torch_compat import once_imported
 from .torch_compat_errors import traced_error
 from .torch_compat_operator import result_problem
 
 __all__ = ["mark_static", "register_dynamo_operator", "skip_frames_of", "sums_by_atomics"]
 
-mark_static = torch._dynamo.mark_static  # heads and widths stay constants, so that grids and scales do
+
+def mark_static(tensor: Tensor, dim: int) -> None:
+    """Heads and widths stay constants of compiled code, so that grids and scales do."""
+    torch._dynamo.mark_static(tensor, dim)
 
 
 def skip_frames_of(function: Callable[..., Any]) -> None:
     """Dynamo runs a call of ``function`` as it is; where it traces through one, it goes on to."""
-    from torch._dynamo.eval_frame import skip_code
 
-    skip_code(function.__code__)
+    def skip() -> None:
+        from torch._dynamo.eval_frame import skip_code
+
+        skip_code(function.__code__)
+
+    once_imported("torch._dynamo", skip)
 
 
 def sums_by_atomics(device: torch.device, captured: Sequence[Any]) -> bool:

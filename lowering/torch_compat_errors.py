@@ -10,6 +10,7 @@ from typing import Any
 from torch._ops import HigherOrderOperator
 
 from ..errors import InputTypeError
+from .torch_compat import once_imported
 
 __all__ = ["check_arity", "raise_input", "settled_when_traced", "traced_error"]
 
@@ -154,4 +155,4 @@ def _render(message: Any) -> str:
     return str(getattr(message, "sym_num", message))
 
 
-_register_user_errors()
+once_imported("torch._dynamo", _register_user_errors)

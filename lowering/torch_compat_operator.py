@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch._higher_order_ops.flex_attention import create_fw_bw_graph
 from torch._higher_order_ops.utils import (
     UnsupportedAliasMutationException,
@@ -21,7 +20,6 @@ from torch._higher_order_ops.utils import (
 )
 from torch._ops import HigherOrderOperator
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, set_original_aten_op, track_tensor_tree
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.attention.flex_attention import _vmap_for_bhqkv
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
@@ -29,10 +27,10 @@ from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispat
 __all__ = [
     "HigherOrderOperator",
     "ProxyTorchDispatchMode",
-    "TransformGetItemToIndex",
     "UnsupportedAliasMutationException",
     "create_fw_bw_graph",
     "functionalized_mutates",
+    "indexing_by_tensors",
     "outside_of_tracing",
     "redirect_checkpointing_modes",
     "register_fake",
@@ -48,9 +46,25 @@ __all__ = [
 ]
 
 
+def indexing_by_tensors() -> Any:
+    """A context in which ``tensor[i]`` takes a tensor without elements of its own for ``i``, as mods write it."""
+    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+
+    return TransformGetItemToIndex()
+
+
+def statically_known_true(condition: Any) -> bool:
+    """Whether a condition on sizes holds for every size that what is compiled will serve."""
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true as is_known  # with it comes sympy
+
+    return is_known(condition)
+
+
 def trace_mod(mod: Callable[..., Any], *example: Any) -> Any:
     """Trace a mod (or its joint graph) to an FX graph on scalar ``example`` values."""
-    with TransformGetItemToIndex():
+    with indexing_by_tensors():
         return _maybe_reenter_make_fx(mod)(*example)
 
 
@@ -62,7 +76,7 @@ def outside_of_tracing() -> Any:
 def functionalized_mutates(ctx: Any, mod: Callable[..., Any], example: Sequence[Any]) -> bool:
     """Whether ``mod`` writes into one of its inputs or captured tensors."""
     pre_dispatch = hasattr(ctx, "mode") and ctx.mode.pre_dispatch
-    with TransformGetItemToIndex():
+    with indexing_by_tensors():
         return bool(_has_potential_branch_input_mutation(mod, list(example), pre_dispatch))
 
 
@@ -94,7 +108,7 @@ def vectorize_mod(mod: Callable[..., Any], *, n_buffers: int = 0, kind: str = "s
         dense = _vmap_for_bhqkv(mod, prefix=(0,), suffix=(0, *unmapped), out_dims=out_dims)
 
     def run(*args: Any) -> Any:
-        with TransformGetItemToIndex():
+        with indexing_by_tensors():
             return dense(*args)
 
     return run

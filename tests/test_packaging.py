@@ -220,12 +220,10 @@ def test_without_triton_the_package_imports_and_compiles_on_cpu(tmp_path: Path) 
 
 
 def test_import_is_light(tmp_path: Path) -> None:
-    # The operator registers itself with Dynamo, so importing the package costs Dynamo (which imports triton where it is
-    # there). Nothing heavier: Inductor's compiler waits for the first trace, tables and plots for their first use.
+    # What the first compile needs (Dynamo, sympy, Inductor, triton), and what tables and plots need, waits for its first use.
     code = """
         import json, sys
         import torch
-        import torch._dynamo.variables.higher_order_ops
         import torch.nn.attention.flex_attention
         before = set(sys.modules)
         import parallax_compile
@@ -233,9 +231,32 @@ def test_import_is_light(tmp_path: Path) -> None:
         print(json.dumps(sorted(set(sys.modules) - before)))
     """
     loaded = json.loads(run_python(code, tmp_path).splitlines()[-1])
-    heavy = ("matplotlib", "transformers", "click", "rich", "tabulate", "triton", "jinja2", "torch_mlir", "iree")
-    inductor = tuple(f"torch._inductor.{m}" for m in ("compile_fx", "select_algorithm", "lowering", "graph", "codegen"))
-    assert [m for m in loaded if any(m == h or m.startswith(f"{h}.") for h in heavy + inductor)] == []
+    heavy = (
+        "torch._dynamo", "torch._inductor", "sympy", "triton", "jinja2", "torch_mlir", "iree",
+        "matplotlib", "transformers", "click", "rich", "tabulate",
+    )  # fmt: skip
+    assert [m for m in loaded if any(m == h or m.startswith(f"{h}.") for h in heavy)] == []
+
+
+@pytest.mark.parametrize("first", ["torch._dynamo", "parallax_compile"])
+def test_dynamo_knows_our_operators_whichever_is_imported_first(first: str, tmp_path: Path) -> None:
+    code = f"""
+        import importlib, torch
+        importlib.import_module({first!r})
+        import parallax_compile as plx
+
+        @torch.compile(fullgraph=True, backend="eager")
+        def attend(x, score_mod=None):
+            return plx.attention(x, x, x, spec=plx.SOFTMAX, score_mod=score_mod)
+
+        x = torch.randn(1, 1, 4, 8)
+        torch.testing.assert_close(attend(x), torch.nn.functional.scaled_dot_product_attention(x, x, x))
+        try:
+            attend(x, lambda score: score)
+        except plx.errors.InputTypeError as error:
+            print("refused:", error)
+    """
+    assert "refused: score_mod must take" in run_python(code, tmp_path)
 
 
 # --- which folder may know which ------------------------------------------------------------------------------------

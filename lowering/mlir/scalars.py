@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from ..torch_compat_operator import TransformGetItemToIndex
+from ..torch_compat_operator import indexing_by_tensors
 
 __all__ = ["Body", "Literals", "Scalar", "UnfitError", "mlir_type"]
 
@@ -359,7 +359,7 @@ def _scalar_graph(mod: Callable[..., Any], dtypes: Sequence[torch.dtype]) -> fx.
     from torch.fx.experimental.proxy_tensor import make_fx
 
     def run(*arguments: Tensor) -> Any:
-        with TransformGetItemToIndex():
+        with indexing_by_tensors():
             return mod(*arguments)
 
     examples = [torch.zeros((), dtype=dtype) for dtype in dtypes]
