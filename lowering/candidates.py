@@ -119,7 +119,7 @@ _TABLE: dict[tuple[str, bool, int], _Row] = {
     },
     # Of a scan, BLOCK_N is the number of the values' columns that a program takes.
     ("scan_totals", True, 64): ((64, 64, 4, 3), (64, 64, 4, 2)),
-    ("scan_totals", True, 128): ((64, 128, 4, 2), (64, 64, 4, 3), (64, 128, 8, 3), (32, 32, 4, 2)),
+    ("scan_totals", True, 128): ((64, 64, 4, 3), (64, 128, 4, 2), (64, 128, 8, 3), (32, 32, 4, 2)),
     ("scan_totals", True, 256): ((64, 64, 8, 2), (32, 32, 4, 2), (32, 16, 4, 1)),
     ("scan_totals", False, 64): ((32, 32, 4, 2), (32, 16, 4, 1)),
     ("scan_totals", False, 128): ((32, 32, 8, 2), (16, 16, 4, 1)),

@@ -21,7 +21,7 @@ from .tuned import ask, offered
 
 @inductor.SymbolicGridFn
 def _segments(batch: Any, heads: Any, meta: dict[str, Any]) -> tuple[Any, Any, Any]:
-    return (meta["SEGMENTS"] * meta["SLICES"], batch, heads)
+    return (meta["PARTS"] * meta["SLICES"], batch, heads)
 
 
 @inductor.SymbolicGridFn
@@ -76,7 +76,7 @@ def _instantiate(
         if node is not None
     }
     outputs = {name: allocate(given) for name, given in written.items() if given is not None}
-    dot, exact = _products(stage, tf32, {name: node.get_dtype() for name, node in operands.items()})
+    dot, exact = _products(stage, tf32, "WEIGHT" in inputs, {name: node.get_dtype() for name, node in operands.items()})
     constants = {"D": width, "DV": value_width, "PRECISION": exact, "HAS_STARTS": "STARTS" in inputs, **switches}
     dtype = operands["V" if "V" in operands else "K"].get_dtype()
     found = offered(
@@ -124,13 +124,13 @@ def _instantiate(
     return result, outputs
 
 
-def _products(stage: str, tf32: bool, dtypes: dict[str, torch.dtype]) -> tuple[str, str]:
-    """Dtype and precision of a kernel's products."""
+def _products(stage: str, tf32: bool, weighed: bool, dtypes: dict[str, torch.dtype]) -> tuple[str, str]:
+    """Dtype and precision of a kernel's products; ``weighed``: of numbers that are first divided by a number of keys."""
     # X, if wider, comes in two terms, and the right sides of systems are not multiplied.
     found = {dtype for name, dtype in dtypes.items() if name not in ("X", "RIGHT")}
     if found == {torch.bfloat16}:
         return "tl.bfloat16", precision()
-    if found == {torch.float16} and stage != "scan_product":
+    if found == {torch.float16} and stage != "scan_product" and not weighed:
         return "tl.float16", precision()
     # float16 ends at 65504, which sums over a sequence pass, and a solution in float32 beside 16-bit operands must not be
     # rounded to theirs: both are multiplied as TF32, which has the bits of float16.
@@ -144,9 +144,11 @@ def _lower_totals(
     value: Any,
     key_level: Any,
     value_level: Any,
+    weight: Any,
     starts: Any,
     heads: int,
     segments: int,
+    last: bool,
     backward: bool,
     tf32: bool = False,
 ) -> Any:
@@ -154,17 +156,20 @@ def _lower_totals(
     layout, first, second = node_layouts()
     guard = inductor.V.graph.sizevars.guard_int
     batch, key_heads, length, _ = key.get_size()
+    parts = segments - int(not last)
     matrix, outputs = _instantiate(
         "scan_totals",
         {"K": key, "V": value},
-        {"KEY_LEVEL": key_level, "VALUE_LEVEL": value_level, "STARTS": starts},
+        {"KEY_LEVEL": key_level, "VALUE_LEVEL": value_level, "WEIGHT": weight, "STARTS": starts},
         {"FIRST": first, "SECOND": second},
         layout,
         {
             "GROUP": guard(key_heads) // heads,
             "SEGMENTS": segments,
+            "PARTS": parts,
             "BACKWARD": backward,
             "TRANSPOSED": False,
+            "HAS_WEIGHT": weight is not None,
             "HAS_KEY_LEVEL": key_level is not None,
             "HAS_VALUE_LEVEL": value_level is not None,
             "HAS_FIRST": not backward or key_level is not None,
@@ -191,7 +196,10 @@ def _lower_product(x: Any, key: Any, value: Any, inverse: Any, starts: Any, leve
     layout, found_layout, *state_layouts = node_layouts()
     batch, heads, length, _ = x.get_size()
     x_heads, key_heads = guard(heads), guard(key.get_size()[1])
-    total_segments = 1 if sums[0] is None else guard(sums[0].get_size()[2])
+    total_segments = 0 if sums[0] is None else guard(sums[0].get_size()[2])
+    segments = total_segments + 1
+    if whole:
+        segments = scan_segments(_size(batch), x_heads, _size(length), guard(value.get_size()[3]))
     has_moment = scan_products.has_moment(role, intercept, moment)
     # K's sum and V's are the other way round where the sums lie transposed.
     order = (0, 2, 1) if transposed else (0, 1, 2)
@@ -204,7 +212,7 @@ def _lower_product(x: Any, key: Any, value: Any, inverse: Any, starts: Any, leve
         "scan_product",
         {"X": x, "K": key, "V": value},
         {
-            "INVERSE": None if backward else inverse,
+            "WEIGHT" if backward else "INVERSE": inverse,
             "STARTS": starts,
             "LEVEL": level,
             **named("TOTAL", sums),
@@ -218,15 +226,17 @@ def _lower_product(x: Any, key: Any, value: Any, inverse: Any, starts: Any, leve
         {
             "GQA": 1 if backward else x_heads // key_heads,
             "GROUP": key_heads // x_heads if backward else 1,
-            "SEGMENTS": scan_segments(_size(batch), x_heads, _size(length)) if whole else total_segments,
+            "SEGMENTS": segments,
+            "PARTS": segments,
             "TOTAL_SEGMENTS": total_segments,
             "BACKWARD": backward,
             "TRANSPOSED": transposed,
             "WHOLE": whole,
             "INTERCEPT": intercept,
-            "SCALED": role == "out",
-            # A solution in float32 beside 16-bit values.
+            # A solution in float32 beside 16-bit values; the gradient of one.
             "X_SPLIT": role == "out" and x.get_dtype().itemsize > value.get_dtype().itemsize,
+            "STATE_SPLIT": role == "probe" and layout.dtype.itemsize > key.get_dtype().itemsize,
+            "HAS_WEIGHT": backward and inverse is not None,
             "HAS_LEVEL": level is not None,
             "HAS_TOTALS": sums[0] is not None,
             "HAS_INITIAL": initial[0] is not None,
@@ -304,7 +314,7 @@ def _lower_states(
     """Inductor's lowering of :data:`~.scan_solve.scan_states`."""
     layout, units, first = node_layouts()
     batch, heads, length, _ = key.get_size()
-    segments = 1 if total is None else inductor.V.graph.sizevars.guard_int(total.get_size()[2])
+    total_segments = 0 if total is None else inductor.V.graph.sizevars.guard_int(total.get_size()[2])
     matrix, outputs = _instantiate(
         "scan_states",
         {"K": key},
@@ -318,8 +328,9 @@ def _lower_states(
         {"UNITS": units, "FIRST": first},
         layout,
         {
-            "SEGMENTS": segments,
-            "TOTAL_SEGMENTS": segments,
+            "SEGMENTS": total_segments + 1,
+            "PARTS": total_segments + 1,
+            "TOTAL_SEGMENTS": total_segments,
             "BACKWARD": False,
             "TRANSPOSED": False,
             "WHOLE": False,

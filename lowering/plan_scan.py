@@ -7,10 +7,12 @@ from typing import Any
 CHUNK = 64
 """Rows that a kernel of a scan takes at once, at most; segments are whole numbers of them."""
 
-# A program of a scan adds up the segments before its own, so that they are few; and each is several chunks of rows.
+# A program of a scan adds up the segments before its own, so that they are few, each several chunks of rows, and no more
+# programs than an H100 or H200 holds at once: two a multiprocessor.
 _MOST_SEGMENTS = 16
 _LEAST_SEGMENT = 256
-_SCAN_PROGRAMS = 1024
+_SCAN_PROGRAMS = 264
+_PROGRAM_COLUMNS = 64
 
 
 def chunked_scan(uniform: bool, covariance_mod: bool) -> bool:
@@ -21,9 +23,15 @@ def chunked_scan(uniform: bool, covariance_mod: bool) -> bool:
     return uniform and not covariance_mod
 
 
-def scan_segments(batch: Any, heads: Any, length: Any) -> int:
-    """Into how many segments a scan cuts the sequence, so that the device has enough to do: a constant of its kernels."""
-    if not all(isinstance(size, int) for size in (batch, heads, length)):
+def scan_segments(batch: Any, heads: Any, length: Any, width: Any) -> int:
+    """Into how many segments a scan cuts the sequence, so that the device has enough to do: a constant of its kernels.
+
+    Args:
+        batch, heads, length: of a product's rows, perhaps symbols.
+        width: of its values, of whose columns each program takes some.
+    """
+    if not all(isinstance(size, int) for size in (batch, heads, length, width)):
         return _MOST_SEGMENTS // 2
     most = min(_MOST_SEGMENTS, -(-length // _LEAST_SEGMENT))
-    return max(1, min(most, -(-_SCAN_PROGRAMS // max(1, 2 * batch * heads))))
+    programs = max(1, batch * heads) * -(-width // _PROGRAM_COLUMNS)
+    return max(1, min(most, _SCAN_PROGRAMS // programs))

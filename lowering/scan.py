@@ -58,12 +58,12 @@ class Kernels:
     """The scan's forward and backward over something that computes :func:`.totals` and :func:`.product`.
 
     Attributes:
-        segments: ``(batch, heads, length) -> int``: into how many segments a sequence is cut.
+        segments: ``(batch, heads, length, width) -> int``: into how many segments a sequence is cut.
     """
 
     totals: Callable[..., Any]
     product: Callable[..., Any]
-    segments: Callable[[Any, Any, Any], int]
+    segments: Callable[[Any, Any, Any, Any], int]
 
     def forward(
         self,
@@ -128,37 +128,38 @@ class Kernels:
             mean: ``t`` of the forward; needs: whether probe, key, value and the initial state need one; the others as there.
         """
         need_probe, need_key, need_value, need_state = needs
-        # A float16 number would lose its bits divided by the number of keys.
-        low = torch.float32 if grad_out.dtype == torch.float16 else grad_out.dtype
-        inverse_of_rows = inverse.unsqueeze(1)
-        grad = (grad_out * inverse_of_rows.unsqueeze(-1)).to(low)
-        level = None if grad_mean is None else grad_mean * inverse_of_rows
+        rows = inverse.unsqueeze(1)
         heads, wide = key.size(1), statistics_dtype(key)
         dprobe, dkey, dvalue, dmatrix, dfirst, dsecond = _no_gradients(probe, wide)
-        key_level, value_level = level, 1.0 + mean if intercept else None
+        key_level = None if grad_mean is None else grad_mean * rows
+        value_level = 1.0 + mean if intercept else None
 
         if need_probe or (intercept and (need_key or need_state)):
             sums = self.totals_of(key, value, None, None, starts, heads, False, whole)
-            dprobe, level_found, *_ = self.product(
-                grad, value, key, inverse, starts, level, *sums, matrix, first, second,
+            dprobe, found, *_ = self.product(
+                grad_out, value, key, inverse, starts, grad_mean, *sums, matrix, first, second,
                 "probe", intercept, False, False, whole, probe.dtype,
             )  # fmt: skip
-            key_level = level_found if intercept else level
+            key_level = found if intercept else key_level
         if not (need_key or need_value or need_state):
             return dprobe, dkey, dvalue, dmatrix, dfirst, dsecond
+        # A tile that is divided on its way goes through registers and is not copied ahead: bfloat16 is divided before.
+        divided = grad_out.dtype == probe.dtype == torch.bfloat16
+        grad = (grad_out * rows.unsqueeze(-1)).to(grad_out.dtype) if divided else grad_out
+        weight = None if divided else inverse
         final: Sums = NO_SUMS
         if grad_matrix is not None:
             final = (-grad_matrix if intercept else grad_matrix, grad_first, grad_second)
-        sums = self.totals_of(probe, grad, key_level, value_level, starts, heads, True, whole)
+        sums = self.totals_of(probe, grad, key_level, value_level, starts, heads, True, whole, weight)
         if need_value or need_state:
             dvalue, _, dmatrix, _, dsecond = self.product(
-                key, probe, grad, inverse, starts, value_level, *sums, *final,
+                key, probe, grad, weight, starts, value_level, *sums, *final,
                 "value", intercept, False, need_state, whole, value.dtype,
             )  # fmt: skip
             dmatrix = -dmatrix if intercept else dmatrix
         if need_key or need_state:
             dkey, _, _, dfirst, _ = self.product(
-                value, grad, probe, inverse, starts, key_level, *sums, *final,
+                value, grad, probe, weight, starts, key_level, *sums, *final,
                 "key", intercept, False, need_state, whole, key.dtype,
             )  # fmt: skip
         return dprobe, dkey, dvalue, dmatrix, dfirst, dsecond
@@ -173,13 +174,15 @@ class Kernels:
         heads: int,
         backward: bool,
         whole: bool,
+        weight: Tensor | None = None,
         tf32: bool = False,
     ) -> Sums:
-        """The sums of each segment, or none where one segment needs none."""
-        segments = self.segments(key.size(0), heads, key.size(2))
+        """The sums of each segment that another one continues (all of them if ``whole``), or none."""
+        segments = self.segments(key.size(0), heads, key.size(2), value.size(3))
         if segments == 1 and not whole:
             return NO_SUMS
-        return self.totals(key, value, key_level, value_level, starts, heads, segments, backward, tf32)
+        levels = (key_level, value_level, weight)
+        return self.totals(key, value, *levels, starts, heads, segments, whole, backward, tf32)
 
 
 def _no_gradients(like: Tensor, dtype: torch.dtype) -> list[Tensor]:
@@ -253,7 +256,8 @@ def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple:
     dquery = None
     if ctx.needs_input_grad[0]:
         shape, dtype = ctx.query
-        dquery = probe.new_zeros(shape, dtype=dtype)
+        # One number, seen everywhere: no memory is filled.
+        dquery = probe.new_zeros((), dtype=dtype).expand(shape)
     return (dquery, *found[:3], None, None, *found[3:], *(None,) * 5)
 
 

@@ -6,17 +6,18 @@ Every allowed key weighs the same, so that the core and its gradients are four p
 
 and a product needs of the past only ``matrix = sum_j K_j V_j^T``, ``first = sum_j K_j`` and ``second = sum_j level_j V_j``:
 
-    ===========  ======  =========  =====  ===========  =====================================
+    ===========  ======  =========  =====  ===========  ==========================================
     role         X       K          V      direction    level
-    ===========  ======  =========  =====  ===========  =====================================
+    ===========  ======  =========  =====  ===========  ==========================================
     out          probe   key        value  forward      row: 1 + t, t the row's mean of X.K
-    probe        grad    value      key    forward      row: the mean of X.K (+ g_t / n)
+    probe        grad    value      key    forward      row: the mean of X.K (+ g_t)
     value        key     probe      grad   backward     key: 1 + t
-    key          value   grad       probe  backward     key: what role "probe" found
-    ===========  ======  =========  =====  ===========  =====================================
+    key          value   grad       probe  backward     key: what role "probe" found, over n
+    ===========  ======  =========  =====  ===========  ==========================================
 
-with ``grad = g / n`` (``n`` keys in the row) and the sign minus; without intercept the sign is plus and there are no levels but
-``g_t / n``. The state of roles "probe" and "key" is the transpose of that of "out" and "value", so that a direction has one.
+with the sign minus; without intercept the sign is plus and there are no levels but ``g_t``. The rows of roles "out" and "probe"
+are divided by ``n``, the keys in the row, and so is the gradient in the two others. The state of roles "probe" and "key" is
+the transpose of that of "out" and "value", so that a direction has one.
 """
 
 from __future__ import annotations
@@ -162,9 +163,11 @@ def totals(
     value: Tensor,
     key_level: Tensor | None,
     value_level: Tensor | None,
+    weight: Tensor | None,
     starts: Tensor | None,
     heads: int,
     segments: int,
+    last: bool,
     backward: bool,
     tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,31 +176,40 @@ def totals(
     Args:
         key: K ``[B, H, L, D]``; value: V ``[B, H, L, Dv]``; their ``H / heads`` heads of a group share a state.
         key_level, value_level: ``[B, H, L]``, weights of K in ``first`` and of V in ``second``; None is 1, backward 0.
+        weight: ``[B or 1, L]``, by which the rows of V are multiplied first; None is 1.
         starts: see :class:`Prefix`.
         segments: how many; of ``ceil(ceil(L / CHUNK) / segments)`` chunks each, the last ones possibly empty.
+        last: whether the segment with which the sums end is wanted too, which none continues.
         backward: whether the state runs from the end.
         tf32: whether float32 stands for 16-bit inputs here, so that a kernel may multiply it as TF32.
 
     Returns:
-        ``matrix [B, heads, segments, D, Dv]``, ``first [B, heads, segments, D]``, ``second [B, heads, segments, Dv]`` in the
-        dtype of the statistics.
+        ``matrix [B, heads, S, D, Dv]``, ``first [B, heads, S, D]``, ``second [B, heads, S, Dv]`` in the dtype of the
+        statistics, ``S = segments - (not last)``, in the order of the sequence.
     """
     dtype, length = statistics_dtype(key), key.size(2)
     rows = ((length + CHUNK - 1) // CHUNK + segments - 1) // segments * CHUNK
     chunks = Chunks(length, rows, segments, starts, backward, key.device)
-    parts = [chunked(tensor, heads, rows, segments, dtype) for tensor in (key, value)]
+    parts = [chunked(tensor, heads, rows, segments, dtype) for tensor in (key, _weighed(value, weight))]
     levels: list[Any] = [
         int(not backward) if level is None else chunked(level, heads, rows, segments, dtype)
         for level in (key_level, value_level)
     ]
-    return chunk_sums(parts[0], parts[1], levels[0], levels[1], chunks.kept())
+    found = chunk_sums(parts[0], parts[1], levels[0], levels[1], chunks.kept())
+    first, many = int(backward and not last), segments - int(not last)
+    return tuple(part[:, :, first : first + many].contiguous() for part in found)  # type: ignore[return-value]
+
+
+def _weighed(tensor: Tensor, weight: Tensor | None) -> Tensor:
+    """``[B, H, L, D]`` with its rows times their weight, ``[B or 1, L]``."""
+    return tensor if weight is None else tensor * weight[:, None, :, None]
 
 
 def product(
     x: Tensor,
     key: Tensor,
     value: Tensor,
-    inverse: Tensor,
+    inverse: Tensor | None,
     starts: Tensor | None,
     level: Tensor | None,
     matrix: Tensor | None,
@@ -218,7 +230,7 @@ def product(
     Args:
         x: X ``[B, Hx, L, D]``; key: K ``[B, H, Lk, D]``; value: V ``[B, H, Lk, Dv]``. Forward ``Hx`` is a multiple of ``H``;
             backward ``H`` is one of ``Hx``, and the heads of a group are summed.
-        inverse: ``1 / n`` of each row, ``[B or 1, L]``.
+        inverse: ``1 / n`` of each row, ``[B or 1, L]``; None (roles "value", "key") where the gradient is divided already.
         starts: see :class:`Prefix`.
         level: the level of each row (roles "out", "probe": beside the mean; else of the rows of K, V), ``[B, H., L]`` or None.
         matrix, first, second: of :func:`totals`, or None for one segment; in the order of "out" and "value" for all roles.
@@ -230,11 +242,13 @@ def product(
         dtype: of the result.
 
     Returns:
-        ``y [B, Hx, L, Dv]``, the moment ``[B, Hx, L]`` (with ``level`` and the mean in role "probe"), and the final state;
+        ``y [B, Hx, L, Dv]``, the moment ``[B, Hx, L]`` (in role "probe" with ``level``, and over ``n``), and the final state;
         what was not asked for is empty.
     """
     backward, transposed = ROLES[role].backward, ROLES[role].transposed
     wide, length = statistics_dtype(key), x.size(2)
+    if backward:
+        key, value = (_weighed(key, inverse), value) if transposed else (key, _weighed(value, inverse))
     heads = min(x.size(1), key.size(1))
     chunk = length if whole else _CPU_CHUNK
     count = 1 if whole else (length + chunk - 1) // chunk
@@ -288,12 +302,13 @@ def product(
             assert keep is not None
             weights = weights + keep * column[..., None, :]
     else:
+        assert inverse is not None
         given = 0.0 if level is None else chunked(level, heads, chunk, count, wide)
         scale = chunked(inverse[:, None], 1, chunk, count, wide)
         if intercept or moment:
             mean = seen((xs @ firsts[..., None])[..., 0])
             mean = (mean if scores is None else mean + scores.sum(-1)) * scale
-            found = mean + given if role == "probe" else mean
+            found = (mean + given) * scale if transposed else mean
             found = unchunked(found, length)
         total = given + ((mean + (1.0 if role == "out" else 0.0)) if intercept else 0.0)
         if isinstance(total, Tensor):
@@ -302,7 +317,7 @@ def product(
     if weights is not None:
         within = weights @ vs
         y = y + (within.sum(2, keepdim=True) if backward else within)
-    if role == "out":
+    if not backward:
         y = y * scale[..., None]
     y = unchunked(y, length).to(dtype)
     ends = [state.clone() for state in flip(final)] if save_state else [x.new_empty(0, dtype=wide) for _ in range(3)]
@@ -320,8 +335,8 @@ scan_product = torch.library.custom_op("parallax::scan_product", product, mutate
 
 @scan_totals.register_fake
 def _(key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    heads, segments = rest[3:5]
-    shape, dtype = (key.size(0), heads, segments), statistics_dtype(key)
+    heads, segments, last = rest[4:7]
+    shape, dtype = (key.size(0), heads, segments - int(not last)), statistics_dtype(key)
     width, value_width = key.size(3), value.size(3)
     return (
         key.new_empty((*shape, width, value_width), dtype=dtype),

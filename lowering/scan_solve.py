@@ -253,22 +253,21 @@ class Kernels:
         if not any(needs):
             return u, dkey, dmatrix, dfirst
         # Phi = u.mean key - Cov(k.u, k.x), or -sum (k.u)(k.x) / n: the member of the scan whose values are the keys.
-        rows = inverse.unsqueeze(1)
-        weighted = (u if intercept else -u) * rows.unsqueeze(-1)
-        key_level, value_level = (along * rows, 1.0 + mean) if intercept else (None, None)
+        key_level, value_level = (along * inverse.unsqueeze(1), 1.0 + mean) if intercept else (None, None)
         tf32 = keys.dtype.itemsize == 2
-        sums = self.scan.totals_of(x, weighted, key_level, value_level, starts, key.size(1), True, whole, tf32)
+        sums = self.scan.totals_of(x, u, key_level, value_level, starts, key.size(1), True, whole, inverse, tf32)
         none, need_state = (None, None, None), needs[1]
         switches = (intercept, False, need_state, whole, wide)
         as_value, _, dmatrix, _, second = self.scan.product(
-            keys, x, weighted, inverse, starts, value_level, *sums, *none, "value", *switches
+            keys, x, u, inverse, starts, value_level, *sums, *none, "value", *switches
         )
         as_key, _, _, dfirst, _ = self.scan.product(
-            keys, weighted, x, inverse, starts, key_level, *sums, *none, "key", *switches
+            keys, u, x, inverse, starts, key_level, *sums, *none, "key", *switches
         )
+        dkey = as_value + as_key if intercept else -(as_value + as_key)
         if need_state:
-            dmatrix, dfirst = -dmatrix if intercept else dmatrix, dfirst + second
-        return u, (as_value + as_key).to(key.dtype), dmatrix, dfirst
+            dmatrix, dfirst = -dmatrix, dfirst + second
+        return u, dkey.to(key.dtype), dmatrix, dfirst
 
     def _centred(self, key: Tensor, center: Tensor | None) -> Tensor:
         # As they are, keys need no other dtype: their products are exact, and the systems take them in a unit.

@@ -427,10 +427,15 @@ def load_kernel(name: str, source: str) -> Any:
 
 
 def launch_arguments(kernel: Any, arguments: Sequence[Any]) -> tuple[list[Any], tuple[int, int, int]]:
-    """What a wrapper's launch of a kernel of :func:`load_kernel` hands to its first configuration, and the grid."""
+    """What a wrapper's launch of a kernel of :func:`load_kernel` hands to its first configuration, and the grid.
+
+    The wrapper hands a size of 1 too, which is a constant of the kernel's.
+    """
     handed, grid = kernel._interpret_args_grid(tuple(arguments), kernel.configs[0])
     x, y, z = (int(size) for size in grid)
-    return list(handed), (x, y, z)
+    names = [name for name in kernel.fn.arg_names if name not in kernel.configs[0].kwargs]
+    kinds = kernel.triton_meta["signature"]
+    return [value for name, value in zip(names, handed, strict=True) if kinds[name] != "constexpr"], (x, y, z)
 
 
 def nothing_donated() -> Any:

@@ -67,6 +67,7 @@ _MINOR = (
     "Q_BLOCK",
     "KV_BLOCK",
     "SEGMENTS",
+    "PARTS",
     "TOTAL_SEGMENTS",
 )
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from parallax_compile.lowering import scan
+from parallax_compile.lowering import scan, scan_products
+from parallax_compile.lowering.plan_scan import scan_segments
 from support.oracle import relative_error
 from torch import Tensor
 
@@ -130,6 +131,48 @@ def test_conventions_of_fla() -> None:
     torch.testing.assert_close(aux.state.key_value, matrix)
     spec = plx.MESA.replace(mask_mod=CAUSAL, probe=plx.Solved(0.7, ridge_scale="sum"))
     torch.testing.assert_close(plx.attention(q, k, v, spec=spec), torch.stack(mesa, 2))
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("last", [False, True])
+def test_sums_of_segments(backward: bool, last: bool) -> None:
+    """Two chunks of 64 rows a segment, the third a chunk; what is left out without ``last`` is where the sums end."""
+    sizes = ((1, 2, 300, 3), (1, 2, 300, 4), (2, 1, 2, 300), (1, 300))
+    key, value, levels, weight = (torch.randn(size, dtype=torch.float64) for size in sizes)
+    found = scan_products.totals(key, value, *levels, weight, None, 1, 3, last, backward)
+    weighed = value * weight[:, None, :, None]
+    want = []
+    for rows in (slice(0, 128), slice(128, 256), slice(256, 300)):
+        k, v = key[:, :, rows], weighed[:, :, rows]
+        first, second = (
+            (part * level[:, :, rows, None]).sum((1, 2)) for part, level in zip((k, v), levels, strict=True)
+        )
+        want.append((torch.einsum("bhld,bhle->bde", k, v), first, second))
+    want = want if last else want[1:] if backward else want[:-1]
+    for position, part in enumerate(found):
+        torch.testing.assert_close(part[:, 0], torch.stack([sums[position] for sums in want], 1))
+
+
+def test_segments_fill_the_device_once() -> None:
+    """Two programs for each of 132 multiprocessors, 64 columns of the values a program; segments of 256 rows at least."""
+    sizes = {
+        (4, 16, 4096, 128): 2,
+        (1, 16, 16384, 128): 8,
+        (8, 16, 2048, 64): 2,
+        (1, 1, 65536, 128): 16,
+        (1, 1, 300, 16): 2,
+    }
+    assert {size: scan_segments(*size) for size in sizes} == sizes
+    assert scan_segments(16, 16, 4096, 128) == 1
+
+
+def test_the_query_is_not_read_and_its_gradient_takes_no_memory() -> None:
+    q, k, v, r = (tensor.float().requires_grad_() for tensor in operands(plx.LINEAR.replace(probe=plx.Learned()), 40))
+    call = lambda *x: plx.attention(*x, spec=plx.LINEAR.replace(mask_mod=CAUSAL), enable_gqa=True)
+    out = torch.compile(call, fullgraph=True)(q, k, v, r)
+    found, _ = torch.autograd.grad(out.sum(), [q, r])
+    assert found.shape == q.shape and found.dtype == q.dtype and not found.any()
+    assert found.untyped_storage().nbytes() == q.element_size()
 
 
 def test_a_dynamic_length() -> None:

@@ -47,7 +47,8 @@ class InterpretedKernel:
         self.parameters = launch["parameters"]
 
     def __call__(self, arguments: Sequence[Any], grid: Sequence[int], stream: int) -> None:
-        tile = self.kernel.configs[0].kwargs
+        tile = {**self.kernel.triton_meta["constants"], **self.kernel.configs[0].kwargs}
+        tile = {name: value for name, value in tile.items() if isinstance(name, str)}
         values = [view(*value, kind) if isinstance(value, tuple) else value
                   for value, kind in zip(arguments, self.parameters, strict=True)]  # fmt: skip
         names = [name for name in self.kernel.fn.arg_names if name not in tile]

@@ -148,6 +148,40 @@ def test_mesa(mask: Any, segments: int, intercept: bool, dtype: torch.dtype) -> 
     assert max(errors) <= (2.2 * 2.0**-8 if dtype == torch.bfloat16 else 1e-5)
 
 
+def test_gradients_of_mesanet_are_rounded_once() -> None:
+    """Of the value's gradient the last rounding is all; the query's has the weights of its chunk beside it, and no sums."""
+    spec = plx.MESA.replace(mask_mod=CAUSAL, probe=plx.Solved(1.0))
+    call = lambda q, k, v: plx.attention(q, k, v, spec=spec, enable_gqa=True)
+    q, k, v, _ = operands(torch.bfloat16)
+    grad = torch.randn(1, 4, 150, 24).to(torch.bfloat16)
+
+    def gradients(call: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        given = leaves([q, k, v], dtype)
+        return torch.autograd.grad(call(*given), given, grad.to(dtype))
+
+    query, _, value = gradients(call, torch.float64)
+    with in_segments(3):
+        dquery, _, dvalue = gradients(interpreter.interpreted(call), torch.bfloat16)
+
+    def roundings(got: Tensor, exact: Tensor) -> float:
+        return relative_error(got, exact) / relative_error(exact.to(torch.bfloat16), exact)
+
+    # Errors of n roundings add up to the root of n: 2 is 1.41, 3 is 1.73.
+    assert roundings(dvalue, value) <= 1.25
+    assert roundings(dquery, query) <= 1.5
+
+
+def test_means_of_the_probe_are_exact() -> None:
+    """Sums of keys are multiplied in three terms: float32. Two would err by 2^-20 here."""
+    spec = plx.LINEAR.replace(mask_mod=CAUSAL)
+    request = plx.AuxRequest(probe_mean=True)
+    call = lambda *x: plx.attention(*x, spec=spec, enable_gqa=True, return_aux=request)[1].probe_mean
+    inputs = operands(torch.bfloat16, offset=4.0)
+    with in_segments(3), torch.no_grad():
+        got = interpreter.interpreted(call)(*inputs)
+    assert relative_error(got, call(*(tensor.double() for tensor in inputs))) <= 2.0**-22
+
+
 @pytest.mark.parametrize("exponent", [20, -20])
 def test_systems_of_keys_of_any_size(exponent: int) -> None:
     """Keys beyond what float16 holds: as ``2^e`` of them with ``4^e`` of the ridge, a probe is ``2^-e`` of what it was."""
