@@ -5,7 +5,8 @@
 
 ``--build`` compiles members at odd and round lengths, forward and backward. ``--check`` runs them without a compiler, compares
 with the float64 reference, repeats each, and then packages a small model by AOTInductor and compares it with itself run eagerly
-in float64.
+in float64. Where ``CXX`` links libstdc++ statically, torch's loader of such packages ends in a segmentation fault, for
+``nn.Linear`` too: set ``CXX=g++`` then.
 """
 
 from __future__ import annotations
