@@ -188,19 +188,24 @@ class _Awaited:
     """Finds one module as Python does, and runs an action at the end of its import."""
 
     def __init__(self, name: str, action: Callable[[], None]) -> None:
-        self.name, self.action = name, action
+        self.name, self.action, self.asking = name, action, False
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name != self.name:
+        if name != self.name or self.asking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self.asking = True  # those who find it come after this one
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.asking = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module: Any) -> None:
                 execute(module)
-                self.action()
+                if self in sys.meta_path:  # who only looks for the module does not import it
+                    sys.meta_path.remove(self)
+                    self.action()
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
