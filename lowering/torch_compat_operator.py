@@ -47,7 +47,7 @@ __all__ = [
 
 
 def indexing_by_tensors() -> Any:
-    """A context in which ``tensor[i]`` takes a tensor without elements of its own for ``i``, as mods write it."""
+    """A context in which a mod may index a captured tensor by scalar tensors (``tensor[h]``) while it is traced or mapped."""
     from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
     return TransformGetItemToIndex()
