@@ -20,6 +20,7 @@ import pytest
 import torch
 from parallax_compile.lowering import candidates, codegen, cubin, tuned
 from parallax_compile.lowering import torch_compat_codegen as compat
+from parallax_compile.lowering.counters import no_counters
 from parallax_compile.lowering.store import Store
 from parallax_compile.lowering.targets import DEFAULT, TARGETS, Target, resolve
 from parallax_compile.lowering.torch_compat_gluon import has_gluon
@@ -115,6 +116,28 @@ def test_only_inputs_that_require_a_gradient_get_a_stage() -> None:
     q, k, v, r = operands()
     code = codegen.generate(parallax, (q.requires_grad_(), k, v, r), target="sm_90")
     assert [kernel.stage for kernel in code.kernels if kernel.is_template] == STAGES[:2]
+
+
+@pytest.mark.skipif(not has_gluon(), reason="needs Gluon")
+def test_specialized_kernels_count_in_counters_that_stay() -> None:
+    # Where the code will run without this package, each kernel's two are filled for the call.
+    def attend(*x: Tensor) -> Tensor:
+        return plx.attention(
+            *x,
+            spec=plx.PARALLAX.replace(mask_mod=plx.masks.causal()),
+            enable_gqa=True,
+            kernel_options={"WARP_SPECIALIZED": True},
+        )
+
+    def others(code: codegen.GeneratedCode) -> int:
+        return sum(not kernel.is_template for kernel in code.kernels)
+
+    with_ours = generate(attend)
+    with no_counters():
+        without = generate(attend)
+    assert [graph.wrapper.count(" = counters(") for graph in with_ours.graphs] == [1, 2]
+    assert [graph.wrapper.count(" = counters(") for graph in without.graphs] == [0, 0]
+    assert others(with_ours) < others(without)
 
 
 def test_dynamic_lengths_are_symbols_of_the_kernel() -> None:
