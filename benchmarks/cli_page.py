@@ -111,7 +111,9 @@ def recorded() -> str:
         return ""
     text = found[-1].read_text(encoding="utf-8").rstrip()
     where = found[-1].relative_to(ROOT)
-    return f"A tuning run (`{where}`), whose winners are the shipped table of that GPU.\n\n```console\n{text}\n```\n"
+    told = f"A tuning run (`{where}`). Its winners are the shipped table of that GPU, but for those of the scan and of LLA's"
+    what = f"{told}\nsolver, whose kernels have changed since."
+    return f"{what}\n\n```console\n{text}\n```\n"
 
 
 def main() -> int:
