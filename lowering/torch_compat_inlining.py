@@ -11,7 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from .torch_compat import resolve
-from .torch_compat_inductor import inductor
+from .torch_compat_inductor import inductor, length_hint
 
 __all__ = ["in_memory", "inline_in_lowering", "traced_while_loop"]
 
@@ -93,6 +93,7 @@ def inline_in_lowering(function: Callable[..., Any], arguments: Sequence[Any]) -
         traced = make_fx(call, decomposition_table=select_decomp_table())(*[fakes[i] for i in dynamic], *symbols)
     _lift_subgraphs(traced, root)
     _views_as_reshapes(traced)
+    _strides_as_numbers(traced)
     with _no_donated_buffers():
         return process_subgraph_nodes(traced, [*(given[i] for i in dynamic), *names])
 
@@ -143,3 +144,13 @@ def _lift_subgraphs(traced: torch.fx.GraphModule, root: torch.fx.GraphModule) ->
 def _views_as_reshapes(traced: torch.fx.GraphModule) -> None:
     """Views become reshapes: Inductor chooses layouts that the traced strides do not foresee."""
     resolve("torch._inductor.fx_passes.post_grad:view_to_reshape")(traced)
+
+
+def _strides_as_numbers(traced: torch.fx.GraphModule) -> None:
+    """The strides of :func:`in_memory` become numbers: only their order is read, which torch 2.11 finds not among symbols."""
+    keep = resolve("torch._inductor.inductor_prims:force_stride_order")
+    for node in traced.graph.nodes:
+        if node.op == "call_function" and node.target is keep:
+            strides = [stride.meta["val"] if isinstance(stride, torch.fx.Node) else stride for stride in node.args[1]]
+            numbers = [length_hint(getattr(getattr(stride, "node", None), "expr", stride)) for stride in strides]
+            node.args = (node.args[0], numbers)
