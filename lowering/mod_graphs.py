@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 
 
 def is_identity(graph: Any) -> bool:
@@ -103,6 +104,77 @@ def is_additive(joint: torch.fx.GraphModule) -> bool:
     nodes = list(joint.graph.nodes)
     (outputs,) = nodes[-1].args
     return outputs[0] is [node for node in nodes if node.op == "placeholder"][_GRAD_OF_SCORE]
+
+
+def is_separable(graph: torch.fx.GraphModule) -> bool:
+    """Whether an elementary mod adds to its score what depends on the row, and what depends on the key, as ALiBi does.
+
+    Then ``f(m, n) = f(m, n0) + f(m0, n) - f(m0, n0)``, so that a tile needs no arithmetic of each pair's indices. Tensors read at
+    a row or at a key could hold infinities, of which differences are none: such mods are not counted.
+    """
+    score, batch, head, row, key, *captured = (node for node in graph.graph.nodes if node.op == "placeholder")
+    # What a value depends on: (row, key, both as a product); and how often the score itself is added to it.
+    found: dict[Any, tuple[frozenset[str], int]] = {
+        **dict.fromkeys((batch, head, *captured), (frozenset(), 0)),
+        score: (frozenset(), 1),
+        row: (frozenset({"row"}), 0),
+        key: (frozenset({"key"}), 0),
+    }
+    mixed = (frozenset({"product"}), 0)
+
+    def kind(value: Any) -> tuple[frozenset[str], int]:
+        return found[value] if isinstance(value, torch.fx.Node) else (frozenset(), 0)
+
+    for node in graph.graph.nodes:
+        if node.op != "call_function":
+            continue
+        name, scale = node.target.overloadpacket.__name__, node.kwargs.get("alpha", 1)
+        operands = pytree.tree_leaves(node.args)
+        parts, scores = zip(*map(kind, operands), strict=True)
+        varying = [part for part in parts if part]
+        if name in ("add", "sub") and not (scores[1] and (name == "sub" or scale != 1)):
+            found[node] = frozenset().union(*parts), sum(scores)
+        elif any(scores) or (varying and name == "index") or len(varying) > 1:
+            found[node] = mixed
+        elif name in ("mul", "neg") or (name == "div" and not parts[1]) or not varying:
+            found[node] = frozenset().union(*parts), 0
+        else:
+            found[node] = mixed
+    (returned,) = list(graph.graph.nodes)[-1].args
+    part, scores = kind(pytree.tree_leaves(returned)[0])
+    return scores == 1 and "product" not in part
+
+
+def fold_factors(graph: torch.fx.GraphModule) -> None:
+    """Multiply the constant factors of a product with one another, as no compiler does: it would round otherwise."""
+    mul = torch.ops.aten.mul.Tensor
+
+    def is_product(node: Any) -> bool:
+        return isinstance(node, torch.fx.Node) and node.target is mul and node.meta["val"].dtype == torch.float32
+
+    def constant(node: torch.fx.Node) -> int | None:
+        return next((i for i, value in enumerate(node.args) if not isinstance(value, torch.fx.Node)), None)
+
+    def inner(node: Any) -> torch.fx.Node | None:
+        """A product with a constant among the factors of ``node``."""
+        if not is_product(node) or len(node.users) > 1:
+            return None
+        return node if constant(node) is not None else next(filter(None, map(inner, node.args)), None)
+
+    for node in filter(is_product, list(graph.graph.nodes)):
+        place = constant(node)
+        other = inner(node.args[1 - place]) if place is not None else None
+        if other is None:
+            continue
+        at = constant(other)
+        factor = node.args[place] * other.args[at]
+        node.replace_all_uses_with(node.args[1 - place])
+        if torch.tensor(factor, dtype=torch.float32) == 1:
+            other.replace_all_uses_with(other.args[1 - at])
+        else:
+            other.update_arg(at, factor)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
 
 
 _GRAD_OF_SCORE = 5
