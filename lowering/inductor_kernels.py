@@ -201,7 +201,7 @@ def instantiate(
         "PROGRAMS": _multiprocessors(call.device),
         "HEAD_GROUP": _head_group(problem),
         # Whether what a score mod adds is a term of the row and one of the key.
-        "SEPARABLE": problem.score_mod and call.score_mod.separable,
+        "AFFINE": problem.score_mod and call.score_mod.separable,
         # Whether the derivative of a mod is something else than 1.
         "SCORE_SLOPE": problem.score_mod and not call.score_mod.additive,
         "COVARIANCE_SLOPE": problem.has_probe and problem.covariance_mod and not call.covariance_mod.additive,
