@@ -276,6 +276,7 @@ class _Machine:
             sum=lambda value, axis: value.sum(axis),
             abs=torch.abs,
             exp2=torch.exp2,
+            fma=lambda a, b, c: _tile(a) * b + c,
             log2=torch.log2,
             load=_load_from,
             store=_store_to,
