@@ -16,7 +16,7 @@ from .mod_graphs import (
     is_additive,
     is_elementary_mod,
     is_identity,
-    is_separable,
+    is_affine,
     largest_slope,
 )
 from .torch_compat_inductor import inductor
@@ -31,7 +31,7 @@ class Mod:
 
     Attributes:
         elementary: whether it, and its joint graph, do arithmetic only (:func:`.mod_graphs.is_elementary_mod`).
-        separable: whether what it adds is a term of the row and one of the key (:func:`.mod_graphs.is_separable`).
+        affine: whether it adds to its score a multiple of the row and one of the key (:func:`.mod_graphs.is_affine`).
         additive: whether it only adds to its score; known in the backward.
         largest_slope: bound on how fast it grows with its score; known in the backward.
     """
@@ -42,7 +42,7 @@ class Mod:
     joint: Any = None
     digest: str = ""
     elementary: bool = True
-    separable: bool = False
+    affine: bool = False
     additive: bool = True
     largest_slope: float = 1.0
 
@@ -95,7 +95,7 @@ def forward_mod(graph: Any, buffers: Sequence[Any], device: torch.device) -> Mod
         is_identity(traced),
         digest=name,
         elementary=elementary,
-        separable=elementary and is_separable(traced),
+        affine=elementary and is_affine(traced),
     )
 
 

@@ -106,21 +106,21 @@ def is_additive(joint: torch.fx.GraphModule) -> bool:
     return outputs[0] is [node for node in nodes if node.op == "placeholder"][_GRAD_OF_SCORE]
 
 
-def is_separable(graph: torch.fx.GraphModule) -> bool:
-    """Whether an elementary mod adds to its score what depends on the row, and what depends on the key, as ALiBi does.
+def is_affine(graph: torch.fx.GraphModule) -> bool:
+    """Whether an elementary mod adds to its score a multiple of the row and one of the key, as ALiBi does.
 
     Then ``f(m, n) = f(m, n0) + f(m0, n) - f(m0, n0)``, so that a tile needs no arithmetic of each pair's indices. Tensors read at
-    a row or at a key could hold infinities, of which differences are none: such mods are not counted.
+    a row or at a key are not counted: they could hold infinities, too, of which there are no differences.
     """
     score, batch, head, row, key, *captured = (node for node in graph.graph.nodes if node.op == "placeholder")
-    # What a value depends on: (row, key, both as a product); and how often the score itself is added to it.
+    # Which indices a value has as summands, or whether as more than that; and how often the score is one.
     found: dict[Any, tuple[frozenset[str], int]] = {
         **dict.fromkeys((batch, head, *captured), (frozenset(), 0)),
         score: (frozenset(), 1),
         row: (frozenset({"row"}), 0),
         key: (frozenset({"key"}), 0),
     }
-    mixed = (frozenset({"product"}), 0)
+    mixed = (frozenset({"more"}), 0)
 
     def kind(value: Any) -> tuple[frozenset[str], int]:
         return found[value] if isinstance(value, torch.fx.Node) else (frozenset(), 0)
@@ -142,7 +142,7 @@ def is_separable(graph: torch.fx.GraphModule) -> bool:
             found[node] = mixed
     (returned,) = list(graph.graph.nodes)[-1].args
     part, scores = kind(pytree.tree_leaves(returned)[0])
-    return scores == 1 and "product" not in part
+    return scores == 1 and "more" not in part
 
 
 def fold_factors(graph: torch.fx.GraphModule) -> None:

@@ -48,9 +48,12 @@ class GluonKernel:
 def _load(source: str, machine: _Machine) -> dict[str, Any]:
     """The kernel's functions as plain Python on ``machine``: without imports and decorators."""
     module = ast.parse(source)
-    module.body = [node for node in module.body if isinstance(node, ast.FunctionDef)]
-    for function in module.body:
+    functions = [node for node in module.body if isinstance(node, ast.FunctionDef)]
+    for function in functions:
         function.decorator_list = []
+    # A kernel has another name, too: the one that Inductor asks for.
+    names_too = [node for node in module.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name)]
+    module.body = [*functions, *names_too]
     names = machine.names()
     exec(compile(module, "<generated gluon>", "exec"), names)
     return names
