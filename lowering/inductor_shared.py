@@ -14,9 +14,9 @@ from .mod_graphs import (
     digest,
     fold_factors,
     is_additive,
+    is_affine,
     is_elementary_mod,
     is_identity,
-    is_affine,
     largest_slope,
 )
 from .torch_compat_inductor import inductor

@@ -109,8 +109,8 @@ def is_additive(joint: torch.fx.GraphModule) -> bool:
 def is_affine(graph: torch.fx.GraphModule) -> bool:
     """Whether an elementary mod adds to its score a multiple of the row and one of the key, as ALiBi does.
 
-    Then ``f(m, n) = f(m, n0) + f(m0, n) - f(m0, n0)``, so that a tile needs no arithmetic of each pair's indices. Tensors read at
-    a row or at a key are not counted: they could hold infinities, too, of which there are no differences.
+    Then ``f(m, n) = f(m, n0) + f(m0, n) - f(m0, n0)``, so that a tile needs no arithmetic of each pair's indices. Tensors read
+    at a row or at a key are not counted: they could hold infinities, too, of which there are no differences.
     """
     score, batch, head, row, key, *captured = (node for node in graph.graph.nodes if node.op == "placeholder")
     # Which indices a value has as summands, or whether as more than that; and how often the score is one.
@@ -141,38 +141,42 @@ def is_affine(graph: torch.fx.GraphModule) -> bool:
         else:
             found[node] = mixed
     (returned,) = list(graph.graph.nodes)[-1].args
-    part, scores = kind(pytree.tree_leaves(returned)[0])
-    return scores == 1 and "more" not in part
+    part, times = kind(pytree.tree_leaves(returned)[0])
+    return times == 1 and "more" not in part
 
 
 def fold_factors(graph: torch.fx.GraphModule) -> None:
     """Multiply the constant factors of a product with one another, as no compiler does: it would round otherwise."""
-    mul = torch.ops.aten.mul.Tensor
 
     def is_product(node: Any) -> bool:
-        return isinstance(node, torch.fx.Node) and node.target is mul and node.meta["val"].dtype == torch.float32
+        float32 = (
+            isinstance(node, torch.fx.Node) and node.op == "call_function" and node.meta["val"].dtype == torch.float32
+        )
+        return float32 and node.target is torch.ops.aten.mul.Tensor
 
-    def constant(node: torch.fx.Node) -> int | None:
-        return next((i for i, value in enumerate(node.args) if not isinstance(value, torch.fx.Node)), None)
+    def constants(node: torch.fx.Node) -> list[int]:
+        """The places of a product's constant factors."""
+        return [place for place, factor in enumerate(node.args) if not isinstance(factor, torch.fx.Node)]
 
     def inner(node: Any) -> torch.fx.Node | None:
         """A product with a constant among the factors of ``node``."""
         if not is_product(node) or len(node.users) > 1:
             return None
-        return node if constant(node) is not None else next(filter(None, map(inner, node.args)), None)
+        return node if constants(node) else next(filter(None, map(inner, node.args)), None)
 
     for node in filter(is_product, list(graph.graph.nodes)):
-        place = constant(node)
-        other = inner(node.args[1 - place]) if place is not None else None
-        if other is None:
-            continue
-        at = constant(other)
-        factor = node.args[place] * other.args[at]
-        node.replace_all_uses_with(node.args[1 - place])
-        if torch.tensor(factor, dtype=torch.float32) == 1:
-            other.replace_all_uses_with(other.args[1 - at])
-        else:
-            other.update_arg(at, factor)
+        for place in constants(node):
+            rest = node.args[1 - place]
+            other = inner(rest)
+            if other is None:
+                continue
+            (at,) = constants(other)
+            factor = node.args[place] * other.args[at]  # type: ignore[operator]
+            node.replace_all_uses_with(rest)  # type: ignore[arg-type]
+            if torch.tensor(factor, dtype=torch.float32) == 1:
+                other.replace_all_uses_with(other.args[1 - at])  # type: ignore[arg-type]
+            else:
+                other.update_arg(at, factor)
     graph.graph.eliminate_dead_code()
     graph.recompile()
 
