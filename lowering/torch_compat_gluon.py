@@ -49,7 +49,7 @@ def gluon_template(template: Any) -> Any:
 
 
 def _in_gluon(text: str) -> str:
-    """Elementwise code as Inductor writes it for Triton: a constant is a tensor of one element, which has no layout in Gluon."""
+    """Elementwise code as Inductor writes it for Triton, where a constant is a tensor: of one element, without a layout."""
     text = _ONE_ELEMENT.sub(r"\1", text)
     for triton, gluon in _NAMES.items():
         text = text.replace(triton, gluon)

@@ -195,6 +195,35 @@ def test_keys_with_an_offset_of_ten_sigma_cost_no_accuracy(width: int) -> None:
 
 
 @pytest.mark.parametrize(
+    "mask, ridge, intercept, sizes, score",
+    [
+        ("causal", 0.01, True, (130, 130, 64, 48), False),  # with the adjoint's refinement
+        ("window", 0.1, True, (130, 130, 128, 128), False),
+        ("none", 0.1, False, (70, 140, 40, 64), True),
+    ],
+)
+def test_the_solver(mask: str, ridge: float, intercept: bool, sizes: tuple, score: bool) -> None:
+    """Solution, output and exact gradients of the solver for Hopper, whose stages and results are those of core_solve."""
+    mask_mod = {"causal": plx.masks.causal(), "window": plx.masks.sliding_window(50), "none": None}[mask]
+    spec = plx.LLA.replace(probe=plx.Solved(ridge), mask_mod=mask_mod, intercept=intercept)
+    score_mod = plx.mods.alibi(2) if score else None
+    inputs = operands(False, *sizes)
+    inputs[0] = inputs[0][:, :2]
+    inputs[1:] = [tensor[:, :1] for tensor in inputs[1:]]
+
+    def attend(*x: Tensor) -> Tensor:
+        options = {"solve_WARP_SPECIALIZED": True}
+        return plx.attention(*x, spec=spec, score_mod=score_mod, enable_gqa=True, kernel_options=options)
+
+    call = interpreter.interpreted(attend)
+    want = compute(attend, inputs, torch.float64, True)
+    got = compute(call, inputs, torch.bfloat16, True)
+    assert max(relative_error(mine, exact) for mine, exact in zip(got, want, strict=True)) < 1.5 * 2.0**-8
+    solvers = [kernel for kernel in call.code.kernels if kernel.stage == "core_solve"]
+    assert len(solvers) == 2 and all("@gluon.jit" in kernel.source for kernel in solvers)
+
+
+@pytest.mark.parametrize(
     "change, message",
     [
         ({"score_mod": plx.mods.tanh_cap(9.0)}, "WARP_SPECIALIZED"),
