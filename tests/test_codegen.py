@@ -468,7 +468,7 @@ def test_the_specialised_backward_compiles_and_hardly_spills(stage: str) -> None
 @pytest.mark.skipif(not has_gluon(), reason="this Triton has no Gluon for Hopper")
 @pytest.mark.parametrize("width", [64, 128])
 def test_two_programs_of_the_solver_share_a_multiprocessor(width: int) -> None:
-    """Beside each other they hide each other's latency: a kilobyte more, or a step's state in spills, is what it was made to avoid."""
+    """They hide each other's latency: a kilobyte more would leave one; and no step's state is in spills."""
     causal = plx.LLA.replace(mask_mod=plx.masks.causal())
     call = lambda q, k, v, r: plx.attention(q, k, v, spec=causal, enable_gqa=True)
     kernels = [k for k in generate(call, operands={"length": 1000, "width": width}).kernels if k.stage == "core_solve"]
