@@ -453,8 +453,8 @@ def _check_specialized(stage: str, possible: bool, forced: Mapping[str, Any]) ->
             f"kernel_options[WARP_SPECIALIZED] of {stage} needs a Hopper GPU (capability 9.x), a Triton with Gluon, "
             "bfloat16 inputs (of a forward without a probe and of a solver also float16) of widths up to 128 with contiguous "
             "rows at multiples of 16 bytes, a positive scale, mods that are arithmetic of score, indices and captured tensors "
-            "without gradients (tanh: plx.mods.tanh_cap(approx=True)) and grow at most 1024 times as fast as their score, no solved "
-            "probe in the backward, all gradients that a backward stage computes, a mask that only compares indices and "
+            "without gradients (tanh: plx.mods.tanh_cap(approx=True)) and grow at most 1024 times as fast as their score, no "
+            "solved probe in the backward, all gradients that a backward stage computes, a mask that only compares indices and "
             "captured tensors, mask blocks of whole 128 rows (a solver: 64), and no C++ wrapper (AOTInductor). Leave it out."
         )
     rows = SPECIALIZED_STAGES[stage].upper()
