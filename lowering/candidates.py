@@ -205,6 +205,8 @@ _SPECIALIZED_TABLE: dict[tuple[str, bool, int], tuple[tuple[int, int, bool], ...
     ("core_backward_key", True, 128): ((64, 3, False), (64, 2, False)),
     ("core_backward_key", False, 64): ((64, 4, False),),
     ("core_backward_key", False, 128): ((64, 4, False), (64, 3, False)),
+    ("core_solve", False, 64): ((64, 3, False),),
+    ("core_solve", False, 128): ((64, 2, False),),
 }
 
 # float32 on the tensor cores.
@@ -241,6 +243,7 @@ SPECIALIZED_STAGES: dict[str, Literal["block_m", "block_n"]] = {
     "core_forward": "block_m",
     "core_backward_query": "block_m",
     "core_backward_key": "block_n",
+    "core_solve": "block_m",
 }
 """Stages that have a warp-specialised kernel beside Triton's -> the rows of the tile that stays with a group of four warps."""
 
@@ -260,6 +263,11 @@ def shared_memory(stage: str, candidate: Candidate, width: int, value_width: int
     """Estimate, in bytes, of the shared memory that a candidate needs: the tiles that stay and the tiles in flight."""
     d, dv, bm, bn = padded(width), padded(value_width), candidate.block_m, candidate.block_n
     query_side = d * (1 + row_tiles)
+    if candidate.specialized and stage == "core_solve":
+        # Residual and solution; before and after, values take the place of one or both.
+        stay, stream = bm * d, bn * candidate.num_stages
+        passes = max(4 * bm * d + itemsize * stream * dv, itemsize * (bm + stream) * dv, 8 * bm * d)
+        return itemsize * (stay + stream * d) + passes + 1024
     if candidate.specialized:
         # No scores, but barriers, the backward's row terms and mean keys, and what the forward's epilogue turns into rows.
         if SPECIALIZED_STAGES[stage] == "block_n":
@@ -337,9 +345,10 @@ def candidates(
             "the gradient of out with contiguous rows at multiples of 16 bytes, and no C++ wrapper (AOTInductor). Leave it "
             "out, or copy with .contiguous()."
         )
-    if forced.pop("specialized", False) and (
-        stage in SPECIALIZED_STAGES or _names_stage(stage, "WARP_SPECIALIZED", options)
-    ):
+    asked = forced.pop("specialized", None)
+    # Tiles that are asked for are those of Triton's kernel.
+    specialized = specialized and (asked or (asked is None and not forced))
+    if asked and (stage in SPECIALIZED_STAGES or _names_stage(stage, "WARP_SPECIALIZED", options)):
         listed = specialized_table(stage, width, value_width, bool(row_tiles)) if listed is None else listed
         _check_specialized(stage, specialized and tma and bool(listed), forced)
     found: list[Candidate] = []
@@ -387,7 +396,8 @@ def table(
     rows = special.get(key) or _TABLE[key]
     if stage == "core_solve_direct":
         rows = tuple(row for row in rows if _holds_matrices(row, padded(width)))
-    return [Candidate(*values) for values in rows]  # type: ignore[arg-type]  # the fifth of a row is a bool
+    first = specialized_table(stage, width, value_width, bool(row_tiles)) if stage == "core_solve" else []
+    return [*first, *(Candidate(*values) for values in rows)]  # type: ignore[arg-type]  # the fifth of a row is a bool
 
 
 def _holds_matrices(row: tuple[int, ...], width: int) -> bool:
@@ -441,11 +451,11 @@ def _check_specialized(stage: str, possible: bool, forced: Mapping[str, Any]) ->
     if not possible:
         raise InputError(
             f"kernel_options[WARP_SPECIALIZED] of {stage} needs a Hopper GPU (capability 9.x), a Triton with Gluon, "
-            "bfloat16 inputs (of a forward without a probe also float16) of widths up to 128 with contiguous rows at "
-            "multiples of 16 bytes, a positive scale, mods that are arithmetic of score, indices and captured tensors without "
-            "gradients (tanh: plx.mods.tanh_cap(approx=True)) and grow at most 1024 times as fast as their score, no solved "
-            "probe in the backward, all gradients that a backward stage computes, a mask that only compares indices and "
-            "captured tensors, mask blocks of whole 128 rows, and no C++ wrapper (AOTInductor). Leave it out."
+            "bfloat16 inputs (of a forward without a probe and of a solver also float16) of widths up to 128 with contiguous "
+            "rows at multiples of 16 bytes, a positive scale, mods that are arithmetic of score, indices and captured tensors "
+            "without gradients (tanh: plx.mods.tanh_cap(approx=True)) and grow at most 1024 times as fast as their score, no "
+            "solved probe in the backward, all gradients that a backward stage computes, a mask that only compares indices and "
+            "captured tensors, mask blocks of whole 128 rows (a solver: 64), and no C++ wrapper (AOTInductor). Leave it out."
         )
     rows = SPECIALIZED_STAGES[stage].upper()
     for name, value in ((rows, SPECIALIZED_ROWS), ("num_warps", 4), ("USE_TMA", True), ("HELD_TILES", 0)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from .inductor_shared import (
     LN2,
     LOG2E,
     Mod,
+    allocate,
     counters_at_zero,
     distinct,
     flat,
@@ -60,6 +62,7 @@ _TEMPLATES = {
         ("core_backward_key", _tiles_of_keys),
         ("core_backward_key" + _SPECIALIZED, _persistent),
         ("core_solve", _tiles_of_rows),
+        ("core_solve" + _SPECIALIZED, _tiles_of_rows),
         ("core_solve_direct", _tiles_of_rows),
     )
 }
@@ -80,19 +83,25 @@ def _specialized_possible(stage: str, call: Call, problem: Problem, switches: di
     """Whether a warp-specialised kernel can compute the stage: see the head of its template."""
     blocks = call.block_mask
     rows = blocks.kv_block if SPECIALIZED_STAGES.get(stage) == "block_n" else blocks.q_block
+    whole, dtypes = SPECIALIZED_GROUPS * SPECIALIZED_ROWS, {"bfloat16"}
+    if stage == "core_solve":
+        # Queries and keys are float16 there; a program has the rows of one group, and takes as many keys at a time.
+        rows, whole, dtypes = math.gcd(blocks.q_block, blocks.kv_block), SPECIALIZED_ROWS, {"float16"}
+    elif stage == "core_forward" and not problem.has_probe:
+        dtypes.add("float16")
     absent = {name for name, value in switches.items() if name.startswith("NEEDS_") and not value}
     return (
         stage in SPECIALIZED_STAGES
         and has_gluon()
         and torch.cuda.get_device_capability(call.device)[0] == 9
-        and problem.dtype in ("bfloat16",) + ("float16",) * (stage == "core_forward" and not problem.has_probe)
+        and problem.dtype in dtypes
         and call.probe_low is None
         and call.adjoint is None
         and absent <= ({"NEEDS_PROBE"} if not problem.has_probe else set())
         and all(map(_specialized_takes, (call.score_mod, call.covariance_mod)))
         and call.scale > 0
         and (not problem.mask or is_elementary_mask(blocks.mask_mod.graph_module))
-        and not (call.block_sparse and rows % (SPECIALIZED_GROUPS * SPECIALIZED_ROWS))
+        and not (call.block_sparse and rows % whole)
     )
 
 
@@ -191,7 +200,13 @@ def instantiate(
     if not inductor.config.max_autotune:
         found = found[:1]
     generators = {}
-    common["HAS_COUNTER"] = any(candidate.specialized for candidate in found)
+    any_specialized = any(candidate.specialized for candidate in found)
+    common["HAS_COUNTER"] = any_specialized and stage != "core_solve"
+    common["HAS_SCRATCH"] = any_specialized and stage == "core_solve"
+    if common["HAS_SCRATCH"]:
+        # The rows' mean keys.
+        inputs = inputs | {"MEAN": allocate(layout)}
+        mutated = [*mutated, inputs["MEAN"]]
     if common["HAS_COUNTER"]:
         # Persistent programs draw their items from it, and leave it at 0.
         generators[len(inputs)] = _zeros_like

@@ -36,13 +36,24 @@ def gluon_template(template: Any) -> Any:
             return _GLUON_IMPORTS + textwrap.dedent(super().jit_lines()).replace("@triton.jit", "@gluon.jit")
 
         def modification(self, *arguments: Any, **named: Any) -> str:
-            # Inductor writes a constant as a tensor of one element, which has no layout in Gluon.
-            text = _ONE_ELEMENT.sub(r"\1", super().modification(*arguments, **named))
-            for triton, gluon in _NAMES.items():
-                text = text.replace(triton, gluon)
-            return text
+            return _in_gluon(super().modification(*arguments, **named))
+
+        def store_output(self, *arguments: Any, **named: Any) -> str:
+            # With the epilogue that Inductor fuses into the kernel, once it knows it.
+            name = super().store_output(*arguments, **named)
+            text = self.render_hooks[name]
+            self.render_hooks[name] = lambda: _in_gluon(text())
+            return str(name)
 
     return type("GluonTemplate", (template,), {"kernel_type": GluonKernel})
+
+
+def _in_gluon(text: str) -> str:
+    """Elementwise code as Inductor writes it for Triton, where a constant is a tensor: of one element, without a layout."""
+    text = _ONE_ELEMENT.sub(r"\1", text)
+    for triton, gluon in _NAMES.items():
+        text = text.replace(triton, gluon)
+    return text
 
 
 def compile_gluon() -> None:

@@ -465,7 +465,40 @@ def test_the_specialised_backward_compiles_and_hardly_spills(stage: str) -> None
     assert compiled.resources.shared_memory <= estimate <= TARGETS["sm_90"].shared_memory_per_block
 
 
-def test_a_specialised_kernel_is_never_taken_unasked() -> None:
+@pytest.mark.skipif(not has_gluon(), reason="this Triton has no Gluon for Hopper")
+@pytest.mark.parametrize("width", [64, 128])
+def test_two_programs_of_the_solver_share_a_multiprocessor(width: int) -> None:
+    """They hide each other's latency: a kilobyte more would leave one; and no step's state is in spills."""
+    causal = plx.LLA.replace(mask_mod=plx.masks.causal())
+    call = lambda q, k, v, r: plx.attention(q, k, v, spec=causal, enable_gqa=True)
+    kernels = [k for k in generate(call, operands={"length": 1000, "width": width}).kernels if k.stage == "core_solve"]
+    assert len(kernels) == 2
+    for kernel in kernels:
+        assert "@gluon.jit" in kernel.source
+        compiled = cubin.compile_kernel(kernel, "sm_90")
+        assert compiled.instructions == {"wgmma"}
+        assert 2 * (compiled.resources.shared_memory + 1024) <= 228 * 1024
+        # The adjoint's right side waits outside of the loops.
+        assert (compiled.resources.spills or 0) <= (1280 if width == 128 and kernel.direction == "backward" else 256)
+        fields = (kernel.parameters[name] for name in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"))
+        tile = candidates.Candidate(*fields, tma=True, specialized=True)
+        estimate = candidates.shared_memory("core_solve", tile, width, width, 2, 0)
+        assert compiled.resources.shared_memory <= estimate <= TARGETS["sm_90"].shared_memory_per_block
+
+
+def test_the_solver_for_hopper_leaves_tiles_that_are_asked_for_to_triton() -> None:
+    def offered(**options: Any) -> list[bool]:
+        shape = {"width": 128, "value_width": 128, "itemsize": 2, "row_tiles": 0, "shared_memory_limit": 232448}
+        found = candidates.candidates("core_solve", **shape, tma=True, specialized=True, options=options)
+        return [candidate.specialized for candidate in found]
+
+    assert offered()[0] and not all(offered())
+    assert offered(solve_WARP_SPECIALIZED=True) == [True]
+    assert not any(offered(solve_WARP_SPECIALIZED=False))
+    assert not any(offered(solve_BLOCK_N=32))
+
+
+def test_a_specialised_core_is_never_taken_unasked() -> None:
     offered = candidates.candidates(
         "core_forward",
         width=64,

@@ -195,6 +195,39 @@ def test_keys_with_an_offset_of_ten_sigma_cost_no_accuracy(width: int) -> None:
 
 
 @pytest.mark.parametrize(
+    "mask, ridge, intercept, sizes, also",
+    [
+        ("causal", 0.01, True, (130, 130, 64, 48), ""),  # with the adjoint's refinement
+        ("window", 0.1, True, (130, 130, 128, 128), "mean"),
+        ("none", 0.1, False, (70, 140, 40, 64), "score"),
+        ("causal", 1.0, True, (100, 100, 32, 32), "covariance"),  # no output here: the solution's gradient is given
+    ],
+)
+def test_the_solver(mask: str, ridge: float, intercept: bool, sizes: tuple, also: str) -> None:
+    """Output and gradients of the solver for Hopper, forward and adjoint, with what else can be asked of it."""
+    mask_mod = {"causal": plx.masks.causal(), "window": plx.masks.sliding_window(50), "none": None}[mask]
+    spec = plx.LLA.replace(probe=plx.Solved(ridge), mask_mod=mask_mod, intercept=intercept)
+    mods: dict[str, Any] = {"score_mod": plx.mods.alibi(2)} if also == "score" else {}
+    mods |= {"covariance_mod": plx.mods.tanh_cap(9.0)} if also == "covariance" else {}
+    query, *rest = operands(False, *sizes)
+    inputs = [query[:, :2], *(tensor[:, :1] for tensor in rest)]
+
+    def attend(*x: Tensor) -> Tensor:
+        options = {"solve_WARP_SPECIALIZED": True}
+        request = plx.AuxRequest(lse=True, probe_mean=True)
+        found = plx.attention(*x, spec=spec, enable_gqa=True, kernel_options=options, return_aux=request, **mods)
+        out, aux = found
+        return out + (aux.lse + aux.probe_mean)[..., None].to(out.dtype) if also == "mean" else out
+
+    call = interpreter.interpreted(attend)
+    want = compute(attend, inputs, torch.float64, True)
+    got = compute(call, inputs, torch.bfloat16, True)
+    assert max(relative_error(mine, exact) for mine, exact in zip(got, want, strict=True)) < 2 * 2.0**-8
+    solvers = [kernel for kernel in call.code.kernels if kernel.stage == "core_solve"]
+    assert len(solvers) == 2 and all("@gluon.jit" in kernel.source for kernel in solvers)
+
+
+@pytest.mark.parametrize(
     "change, message",
     [
         ({"score_mod": plx.mods.tanh_cap(9.0)}, "WARP_SPECIALIZED"),

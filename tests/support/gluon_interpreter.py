@@ -9,6 +9,7 @@ tensors; layouts are ignored.
 from __future__ import annotations
 
 import ast
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,10 +40,13 @@ class GluonKernel:
 
     def run(self, *arguments: Any, stream: Any = None) -> None:
         self.launches.append(self.name)
-        *operands, programs, _, _ = arguments
+        *operands, x, y, z = arguments
         operands = [_pointer(operand) if isinstance(operand, Tensor) else operand for operand in operands]
-        for program in range(int(programs)):
-            _load(self.source, _Machine(program, int(programs)))[self.name](*operands)
+        grid = int(x), int(y), int(z)
+        for program in itertools.product(*map(range, grid)):
+            machine = _Machine(program, grid)
+            # In a thread of its own, where no mode of the caller's is active.
+            machine.warp_specialize([(_load(self.source, machine)[self.name], tuple(operands))], (), ())
 
 
 def _load(source: str, machine: _Machine) -> dict[str, Any]:
@@ -66,6 +70,9 @@ class Tile(Tensor):
     """A tile in registers. Gluon's tensors know their layout; here there is none."""
 
     type = property(lambda self: SimpleNamespace(layout=None))  # type: ignore[assignment]
+
+    def to(self, dtype: torch.dtype, bitcast: bool = False) -> Tensor:  # type: ignore[override]
+        return self.contiguous().view(dtype) if bitcast else super().to(dtype)
 
 
 def _tile(value: Any, dtype: torch.dtype | None = None) -> Tile:
@@ -235,10 +242,10 @@ class _Source:
 
 
 class _Machine:
-    """One program: its number, its threads, and the names that the kernel's text uses."""
+    """One program: its place in the grid, its threads, and the names that the kernel's text uses."""
 
-    def __init__(self, program: int, programs: int) -> None:
-        self.program, self.programs = program, programs
+    def __init__(self, program: tuple[int, ...], grid: tuple[int, ...]) -> None:
+        self.program, self.grid = program, grid
         self.changed = threading.Condition()
         self.failed = threading.Event()
 
@@ -256,10 +263,11 @@ class _Machine:
             int1=torch.bool,
             constexpr=lambda value: value,
             static_range=range,
-            program_id=lambda axis: _tile(self.program),
-            num_programs=lambda axis: _tile(self.programs),
+            program_id=lambda axis: _tile(self.program[axis]),
+            num_programs=lambda axis: _tile(self.grid[axis]),
             NVMMASharedLayout=SimpleNamespace(get_default_for=no_layout),
             SwizzledSharedLayout=no_layout,
+            SharedLinearLayout=no_layout,
             NVMMADistributedLayout=no_layout,
             DotOperandLayout=no_layout,
             SliceLayout=no_layout,
@@ -276,15 +284,19 @@ class _Machine:
             minimum=lambda a, b: torch.minimum(_tile(a), _tile(b)),
             maximum=lambda a, b: torch.maximum(_tile(a), _tile(b)),
             max=lambda value, axis: value.amax(axis),
+            min=lambda value, axis: value.amin(axis),
             sum=lambda value, axis: value.sum(axis),
             abs=torch.abs,
             exp2=torch.exp2,
+            sqrt=torch.sqrt,
+            ceil=torch.ceil,
             fma=lambda a, b, c: _tile(a) * b + c,
             log2=torch.log2,
             load=_load_from,
             store=_store_to,
             atomic_add=self.atomic_add,
             inline_asm_elementwise=_assembly,
+            debug_barrier=lambda: None,
         )
         return {
             "gl": tiles,
