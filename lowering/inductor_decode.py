@@ -63,6 +63,8 @@ _ROWS_WITH_LATE_SUMS = 32  # most rows of a tile whose sums are kept apart for e
 _BATCH_BLOCK = 256  # sequences whose lengths a program reads at once, at most
 _LEAST_PACKED = 32  # columns of values, so that half of them is a tile of the tensor cores
 _MERGED_NUMBERS = 8192  # of partial sums that a merge holds at once
+_STATE_NUMBERS = 8  # of a row's state (m, d1, d2) in memory: a whole sector of the L2 cache
+_KEYS_OF_A_GROUP = 16  # at least: the rows of a tensor core's tile
 
 
 def _int(size: Any) -> int | None:
@@ -417,7 +419,7 @@ def split_keys(
     out_layout, *statistics_layouts = layouts
     statistics = dict(zip(("LSE", "PROBE_MEAN"), map(allocate, statistics_layouts), strict=True))
     partial = {"PARTIAL": _scratch(device, [programs, heads, tile_rows, parts * value_width])}
-    state_size = [programs, heads, tile_rows, 4]
+    state_size = [programs, heads, tile_rows, _STATE_NUMBERS]
     split_inputs, written = dict(inputs), {}
     if merge == "kernel":
         split_inputs["COUNTERS"] = _operand(counters_at_zero(device, batch * heads))
@@ -436,12 +438,17 @@ def split_keys(
         layout = ir.FixedLayout(device, torch.float32, state_size, ir.FlexibleLayout.contiguous_strides(state_size))
     choices: list[Any] = []
     for candidate, own in pairs:
+        groups = max(1, min(candidate.num_warps, candidate.block_n // _KEYS_OF_A_GROUP))
         shape = {
             "ROWS": tile_rows,
             "HEAD_TILES": own.row_tiles,
             "ROWS_USED": used,
-            "BLOCK_M": stacked,
+            "PARTS": parts,
+            "COLUMNS": stacked,
             "BLOCK_N": candidate.block_n,
+            "GROUPS": groups,
+            "KEYS": candidate.block_n // groups,
+            "STATE_NUMBERS": _STATE_NUMBERS,
             "SUMS_AT_THE_END": stacked <= _ROWS_WITH_LATE_SUMS,
             "SLOTS": own.slots,
             "LEAST_TILES": own.least_tiles,
