@@ -14,7 +14,7 @@ from . import cpu
 from .append import append  # noqa: F401  (its lowering is here)
 from .candidates import padded
 from .decode import as_core, attention_decode, empty_statistics
-from .decode_candidates import decode_candidates
+from .decode_candidates import DecodeCandidate, decode_candidates
 from .inductor_shared import (
     LN2,
     LOG2E,
@@ -62,9 +62,10 @@ _APPENDED_ON_THE_WAY = 16  # new keys that a decode kernel writes itself, at mos
 _ROWS_WITH_LATE_SUMS = 32  # most rows of a tile whose sums are kept apart for each key: more leave no registers
 _BATCH_BLOCK = 256  # sequences whose lengths a program reads at once, at most
 _LEAST_PACKED = 32  # columns of values, so that half of them is a tile of the tensor cores
-_MERGED_NUMBERS = 8192  # of partial sums that a merge holds at once
+_MERGED_NUMBERS = 64  # of partial sums that a thread holds at once in a merge
 _STATE_NUMBERS = 8  # of a row's state (m, d1, d2) in memory: a whole sector of the L2 cache
 _KEYS_OF_A_GROUP = 16  # at least: the rows of a tensor core's tile
+_COLUMNS_OF_A_WARP = 32  # most queries and probes whose sums fit the registers of one warp
 
 
 def _int(size: Any) -> int | None:
@@ -348,6 +349,7 @@ def split_keys(
         "HAS_ADJOINT": False,
         "PROBE_SPLIT": has_probe and probe.get_dtype().itemsize > query.get_dtype().itemsize,
         "INTERCEPT": rows.intercept,
+        "TOUCH": options.get("TOUCH", 1),
         "SCORE_MOD": not mods[0].identity,
         "COVARIANCE_MOD": covariance_mod,
         "HALF": half,
@@ -438,7 +440,7 @@ def split_keys(
         layout = ir.FixedLayout(device, torch.float32, state_size, ir.FlexibleLayout.contiguous_strides(state_size))
     choices: list[Any] = []
     for candidate, own in pairs:
-        groups = max(1, min(candidate.num_warps, candidate.block_n // _KEYS_OF_A_GROUP))
+        groups = int(options.get('GROUPS', _groups(candidate, stacked, query.get_dtype().itemsize)))
         shape = {
             "ROWS": tile_rows,
             "HEAD_TILES": own.row_tiles,
@@ -457,7 +459,7 @@ def split_keys(
             "SPLIT": merge != "none",
             "MERGE_HERE": merge == "kernel",
             "ONE_PAGE": paged and page_size % candidate.block_n == 0,
-            **_merged_at_once(value_width, parts, own, used if merge == "kernel" else 1),
+            **_merged_at_once(value_width, parts, own, *((used, candidate.num_warps) if merge == "kernel" else (1, 4))),
         }
         error = _TEMPLATES["decode_split"].maybe_append_choice(
             choices,
@@ -499,6 +501,12 @@ def split_keys(
     return out, statistics["LSE"], statistics["PROBE_MEAN"]
 
 
+def _groups(candidate: DecodeCandidate, columns: int, itemsize: int) -> int:
+    """Groups of a tile's keys: one for each warp, where the products go to the tensor cores and a warp can hold all columns."""
+    able = itemsize == 2 and columns <= _COLUMNS_OF_A_WARP and not candidate.tma
+    return candidate.num_warps if able and candidate.block_n >= _KEYS_OF_A_GROUP * candidate.num_warps else 1
+
+
 def _within_blocks(found: list[Any], kv_block: int, options: dict[str, Any]) -> list[Any]:
     """Candidates whose tiles of keys lie within blocks of ``kv_block`` keys."""
     if kv_block % 16:
@@ -529,10 +537,10 @@ def _unit_of_scores(width: int, key: Any) -> float:
     return 2.0 ** max(0, math.ceil(math.log2(largest / torch.finfo(torch.float16).max)))
 
 
-def _merged_at_once(value_width: int, parts: int, own: Cut, rows: int) -> dict[str, int]:
+def _merged_at_once(value_width: int, parts: int, own: Cut, rows: int, num_warps: int) -> dict[str, int]:
     """How many rows, of how many splits, a merge holds at once: powers of two."""
     merged_rows = 1 << max(0, rows - 1).bit_length()
-    most = max(1, _MERGED_NUMBERS // (merged_rows * padded(value_width) * parts))
+    most = max(1, 32 * num_warps * _MERGED_NUMBERS // (merged_rows * padded(value_width) * parts))
     wanted = own.programs if isinstance(own.programs, int) else own.slots + 1
     return {"MERGED_ROWS": merged_rows, "MERGED_AT_ONCE": min(most, 1 << max(0, wanted - 1).bit_length())}
 
