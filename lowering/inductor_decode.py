@@ -14,7 +14,7 @@ from . import cpu
 from .append import append  # noqa: F401  (its lowering is here)
 from .candidates import padded
 from .decode import as_core, attention_decode, empty_statistics
-from .decode_candidates import DecodeCandidate, decode_candidates
+from .decode_candidates import decode_candidates
 from .inductor_shared import (
     LN2,
     LOG2E,
@@ -59,13 +59,11 @@ _TEMPLATES = {
 }
 _APPENDED_AT_ONCE = 16  # new keys that a program writes at once
 _APPENDED_ON_THE_WAY = 16  # new keys that a decode kernel writes itself, at most
-_ROWS_WITH_LATE_SUMS = 32  # most rows of a tile whose sums are kept apart for each key: more leave no registers
+_COLUMNS_WITH_LATE_SUMS = 32  # most columns of a tile whose sums are kept apart for each key: more leave no registers
 _BATCH_BLOCK = 256  # sequences whose lengths a program reads at once, at most
 _LEAST_PACKED = 32  # columns of values, so that half of them is a tile of the tensor cores
 _MERGED_NUMBERS = 64  # of partial sums that a thread holds at once in a merge
 _STATE_NUMBERS = 8  # of a row's state (m, d1, d2) in memory: a whole sector of the L2 cache
-_KEYS_OF_A_GROUP = 16  # at least: the rows of a tensor core's tile
-_COLUMNS_OF_A_WARP = 32  # most queries and probes whose sums fit the registers of one warp
 
 
 def _int(size: Any) -> int | None:
@@ -349,7 +347,6 @@ def split_keys(
         "HAS_ADJOINT": False,
         "PROBE_SPLIT": has_probe and probe.get_dtype().itemsize > query.get_dtype().itemsize,
         "INTERCEPT": rows.intercept,
-        "TOUCH": options.get("TOUCH", 1),
         "SCORE_MOD": not mods[0].identity,
         "COVARIANCE_MOD": covariance_mod,
         "HALF": half,
@@ -401,6 +398,7 @@ def split_keys(
         tma=not paged and new is None and tma_possible(device, [key, value]),
         options=options,
         keys=batch * kv_heads * most_keys / multiprocessors if known else math.inf,
+        heads=batch * kv_heads / multiprocessors if isinstance(batch, int) else math.inf,
     )
     if sparse:
         found = _within_blocks(found, kv_block, options)
@@ -440,7 +438,7 @@ def split_keys(
         layout = ir.FixedLayout(device, torch.float32, state_size, ir.FlexibleLayout.contiguous_strides(state_size))
     choices: list[Any] = []
     for candidate, own in pairs:
-        groups = int(options.get('GROUPS', _groups(candidate, stacked, query.get_dtype().itemsize)))
+        groups = candidate.groups(stacked, query.get_dtype().itemsize)
         shape = {
             "ROWS": tile_rows,
             "HEAD_TILES": own.row_tiles,
@@ -451,7 +449,7 @@ def split_keys(
             "GROUPS": groups,
             "KEYS": candidate.block_n // groups,
             "STATE_NUMBERS": _STATE_NUMBERS,
-            "SUMS_AT_THE_END": stacked <= _ROWS_WITH_LATE_SUMS,
+            "SUMS_AT_THE_END": stacked <= _COLUMNS_WITH_LATE_SUMS,
             "SLOTS": own.slots,
             "LEAST_TILES": own.least_tiles,
             "USE_TMA": candidate.tma,
@@ -499,12 +497,6 @@ def split_keys(
         raise error
     out = _choose("decode_merge", merge_inputs, out_layout, choices, [], [])
     return out, statistics["LSE"], statistics["PROBE_MEAN"]
-
-
-def _groups(candidate: DecodeCandidate, columns: int, itemsize: int) -> int:
-    """Groups of a tile's keys: one for each warp, where the products go to the tensor cores and a warp can hold all columns."""
-    able = itemsize == 2 and columns <= _COLUMNS_OF_A_WARP and not candidate.tma
-    return candidate.num_warps if able and candidate.block_n >= _KEYS_OF_A_GROUP * candidate.num_warps else 1
 
 
 def _within_blocks(found: list[Any], kv_block: int, options: dict[str, Any]) -> list[Any]:

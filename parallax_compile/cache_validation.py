@@ -16,7 +16,7 @@ from .validation import FLOATING, check_block_mask_of, check_power_of_two, check
 
 EIGHT_BITS = torch.float8_e4m3fn
 INTEGERS = (torch.int32, torch.int64)
-KERNEL_OPTIONS = ("BLOCK_N", "num_warps", "num_stages", "PROGRAMS_PER_SM", "USE_TMA", "MERGE", "GROUPS", "TOUCH")
+KERNEL_OPTIONS = ("BLOCK_N", "num_warps", "num_stages", "PROGRAMS_PER_SM", "USE_TMA", "MERGE")
 
 
 def check_call(
