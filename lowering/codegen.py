@@ -56,7 +56,7 @@ class GeneratedKernel:
     """One Triton kernel of a graph.
 
     Attributes:
-        name: the kernel's function.
+        name: by which Inductor's wrapper asks for it. The function of a kernel of ours is called after its template.
         source: the module that Inductor would compile.
         direction: the graph that it belongs to.
         stage: the stage of the plan whose template it was made from; None for kernels that Inductor fused by itself.
@@ -108,7 +108,7 @@ class Trial:
 
     Attributes:
         candidate: which.
-        name, source: the kernel's function, and the module that holds it.
+        name, source: by which Inductor would ask for the kernel, and the module that holds it.
         parameters: what the template was filled with.
         grid: the blocks of a launch.
     """

@@ -200,6 +200,8 @@ def instantiate(
     specialized = {
         "PROGRAMS": _multiprocessors(call.device),
         "HEAD_GROUP": _head_group(problem),
+        # Whether the score mod adds multiples of the row and of the key.
+        "AFFINE": problem.score_mod and call.score_mod.affine,
         # Whether the derivative of a mod is something else than 1.
         "SCORE_SLOPE": problem.score_mod and not call.score_mod.additive,
         "COVARIANCE_SLOPE": problem.has_probe and problem.covariance_mod and not call.covariance_mod.additive,

@@ -10,7 +10,15 @@ from typing import Any
 import torch
 
 from . import counters
-from .mod_graphs import digest, is_additive, is_elementary_mod, is_identity, largest_slope
+from .mod_graphs import (
+    digest,
+    fold_factors,
+    is_additive,
+    is_affine,
+    is_elementary_mod,
+    is_identity,
+    largest_slope,
+)
 from .torch_compat_inductor import inductor
 
 LOG2E = 1.4426950408889634
@@ -23,6 +31,7 @@ class Mod:
 
     Attributes:
         elementary: whether it, and its joint graph, do arithmetic only (:func:`.mod_graphs.is_elementary_mod`).
+        affine: whether it adds to its score a multiple of the row and one of the key (:func:`.mod_graphs.is_affine`).
         additive: whether it only adds to its score; known in the backward.
         largest_slope: bound on how fast it grows with its score; known in the backward.
     """
@@ -33,6 +42,7 @@ class Mod:
     joint: Any = None
     digest: str = ""
     elementary: bool = True
+    affine: bool = False
     additive: bool = True
     largest_slope: float = 1.0
 
@@ -75,21 +85,32 @@ def inline(graph: Any, buffers: Sequence[Any], device: torch.device, *, score: b
 def forward_mod(graph: Any, buffers: Sequence[Any], device: torch.device) -> Mod:
     """A score mod's value."""
     traced = graph.graph_module
+    name, elementary = digest(traced), is_elementary_mod(traced)
+    if elementary:
+        fold_factors(traced)
     value = inline(graph, buffers, device, score=True)
-    identity, elementary = is_identity(traced), is_elementary_mod(traced)
-    return Mod(value, realized(buffers), identity, digest=digest(traced), elementary=elementary)
+    return Mod(
+        value,
+        realized(buffers),
+        is_identity(traced),
+        digest=name,
+        elementary=elementary,
+        affine=elementary and is_affine(traced),
+    )
 
 
 def backward_mod(graph: Any, joint: Any, buffers: Sequence[Any], device: torch.device) -> Mod:
     """A score mod's value and its gradients."""
     mod = forward_mod(graph, buffers, device)
     joint.graph_module.graph.eliminate_dead_code()
+    mod.elementary = mod.elementary and is_elementary_mod(joint.graph_module)
+    if mod.elementary:
+        fold_factors(joint.graph_module)
     inductor.validate_joint_graph(joint.graph_module.graph)
     inputs = [*placeholders(device, score=True), inductor.create_placeholder("grad_score_mod", torch.float32, device)]
     outputs = inductor.build_subgraph_buffer(inputs + list(buffers), joint)
     inductor.freeze_irnodes(outputs)
     mod.joint = inductor.process_joint_outputs(outputs, len(inputs))
-    mod.elementary = mod.elementary and is_elementary_mod(joint.graph_module)
     mod.additive = is_additive(joint.graph_module)
     mod.largest_slope = largest_slope(joint.graph_module) if mod.elementary else math.inf
     return mod

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 
 
 def is_identity(graph: Any) -> bool:
@@ -103,6 +104,81 @@ def is_additive(joint: torch.fx.GraphModule) -> bool:
     nodes = list(joint.graph.nodes)
     (outputs,) = nodes[-1].args
     return outputs[0] is [node for node in nodes if node.op == "placeholder"][_GRAD_OF_SCORE]
+
+
+def is_affine(graph: torch.fx.GraphModule) -> bool:
+    """Whether an elementary mod adds to its score a multiple of the row and one of the key, as ALiBi does.
+
+    Then ``f(m, n) = f(m, n0) + f(m0, n) - f(m0, n0)``, so that a tile needs no arithmetic of each pair's indices. Tensors read
+    at a row or at a key are not counted: they could hold infinities, too, of which there are no differences.
+    """
+    score, batch, head, row, key, *captured = (node for node in graph.graph.nodes if node.op == "placeholder")
+    # Which indices a value has as summands, or whether as more than that; and how often the score is one.
+    found: dict[Any, tuple[frozenset[str], int]] = {
+        **dict.fromkeys((batch, head, *captured), (frozenset(), 0)),
+        score: (frozenset(), 1),
+        row: (frozenset({"row"}), 0),
+        key: (frozenset({"key"}), 0),
+    }
+    mixed = (frozenset({"more"}), 0)
+
+    def kind(value: Any) -> tuple[frozenset[str], int]:
+        return found[value] if isinstance(value, torch.fx.Node) else (frozenset(), 0)
+
+    for node in graph.graph.nodes:
+        if node.op != "call_function":
+            continue
+        name, scale = node.target.overloadpacket.__name__, node.kwargs.get("alpha", 1)
+        operands = pytree.tree_leaves(node.args)
+        parts, scores = zip(*map(kind, operands), strict=True)
+        varying = [part for part in parts if part]
+        if name in ("add", "sub") and not (scores[1] and (name == "sub" or scale != 1)):
+            found[node] = frozenset().union(*parts), sum(scores)
+        elif any(scores) or (varying and name == "index") or len(varying) > 1:
+            found[node] = mixed
+        elif name in ("mul", "neg") or (name == "div" and not parts[1]) or not varying:
+            found[node] = frozenset().union(*parts), 0
+        else:
+            found[node] = mixed
+    (returned,) = list(graph.graph.nodes)[-1].args
+    part, times = kind(pytree.tree_leaves(returned)[0])
+    return times == 1 and "more" not in part
+
+
+def fold_factors(graph: torch.fx.GraphModule) -> None:
+    """Multiply the constant factors of a product with one another, as no compiler does: it would round otherwise."""
+
+    def is_product(node: Any) -> bool:
+        float32 = (
+            isinstance(node, torch.fx.Node) and node.op == "call_function" and node.meta["val"].dtype == torch.float32
+        )
+        return float32 and node.target is torch.ops.aten.mul.Tensor
+
+    def constants(node: torch.fx.Node) -> list[int]:
+        """The places of a product's constant factors."""
+        return [place for place, factor in enumerate(node.args) if not isinstance(factor, torch.fx.Node)]
+
+    def inner(node: Any) -> torch.fx.Node | None:
+        """A product with a constant among the factors of ``node``."""
+        if not is_product(node) or len(node.users) > 1:
+            return None
+        return node if constants(node) else next(filter(None, map(inner, node.args)), None)
+
+    for node in filter(is_product, list(graph.graph.nodes)):
+        for place in constants(node):
+            rest = node.args[1 - place]
+            other = inner(rest)
+            if other is None:
+                continue
+            (at,) = constants(other)
+            factor = node.args[place] * other.args[at]  # type: ignore[operator]
+            node.replace_all_uses_with(rest)  # type: ignore[arg-type]
+            if torch.tensor(factor, dtype=torch.float32) == 1:
+                other.replace_all_uses_with(other.args[1 - at])  # type: ignore[arg-type]
+            else:
+                other.update_arg(at, factor)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
 
 
 _GRAD_OF_SCORE = 5

@@ -14,6 +14,7 @@ by feature (a signature, an attribute), never by version number.
 | :mod:`.torch_compat_inlining` | plain torch code lowered in a node's place |
 | :mod:`.torch_compat_launch` | how a generated kernel is launched from its cubin |
 | :mod:`.torch_compat_threads` | kernels compiled side by side before Inductor's workers are up |
+| :mod:`.torch_compat_backward` | a backward's kernels begun while the forward's are compiled |
 | :mod:`.torch_compat_gluon` | Gluon kernels through Inductor |
 | :mod:`.torch_compat_calls` | torch's own attention calls, taken apart |
 | :mod:`.torch_compat_codegen` | Inductor under a pretended GPU; has a list of its own |
@@ -33,6 +34,7 @@ __all__ = ["FENCED", "missing_symbols", "once_imported", "resolve"]
 # Private symbol -> parameters that we pass by name or position. Kept as data so that one test covers them all.
 FENCED: dict[str, tuple[str, ...]] = {
     "torch._guards:CompileContext.current_compile_id": (),
+    "torch._guards:detect_fake_mode": ("inputs",),
     "torch._guards:TracingContext.try_get": (),
     "torch._inductor.async_compile:AsyncCompile.use_process_pool": (),
     "torch._inductor.async_compile:CompiledTritonKernels.get": ("kernel_src",),
@@ -110,6 +112,10 @@ FENCED: dict[str, tuple[str, ...]] = {
     "torch.nn.attention.flex_attention:_LARGE_SPARSE_BLOCK_SIZE": (),
     "torch.nn.functional:multi_head_attention_forward.__globals__": (),
     "torch._inductor:list_mode_options": ("mode",),
+    "torch._inductor.compile_fx:partition_fn": (),
+    "torch._inductor.graph:GraphLowering.__init__": ("gm", "example_inputs", "is_backward"),
+    "torch._inductor.graph:GraphLowering.codegen": (),
+    "torch._inductor.graph:GraphLowering.run": (),
     "torch._inductor.compile_fx:compile_fx": ("model_", "example_inputs_", "inner_compile", "config_patches"),
     "torch._inductor.ir:ComputedBuffer": (),
     "torch._inductor.ir:ExternKernelAlloc.__init__": ("layout", "inputs"),
@@ -139,7 +145,9 @@ FENCED: dict[str, tuple[str, ...]] = {
     "torch._inductor.select_algorithm:TritonTemplate.maybe_append_choice": ("choices",),
     "torch._inductor.select_algorithm:TritonTemplate.kernel_type": (),
     "torch._inductor.select_algorithm:TritonTemplate._template_from_string": ("source",),
+    "torch._inductor.select_algorithm:TritonTemplateKernel.__init__": ("kernel_name",),
     "torch._inductor.select_algorithm:TritonTemplateKernel.jit_lines": (),
+    "torch._inductor.select_algorithm:TritonTemplateKernel.render": ("template", "kwargs"),
     "torch._inductor.select_algorithm:TritonTemplateKernel.modification": (),
     "torch._inductor.runtime.static_triton_launcher:StaticallyLaunchedCudaKernel.__init__": ("kernel",),
     "torch._inductor.runtime.static_triton_launcher:StaticallyLaunchedCudaKernel.load_kernel": ("device",),

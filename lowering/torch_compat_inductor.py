@@ -63,7 +63,7 @@ class _Inductor:
             source: its text.
             gluon: whether the text is Gluon, Triton's language of explicit layouts, and not Triton.
         """
-        template = _launched_from_cubin(resolve("torch._inductor.select_algorithm:TritonTemplate"))
+        template = _own_kernels(resolve("torch._inductor.select_algorithm:TritonTemplate"), name)
         if gluon:
             template = gluon_template(template)
         parsed = template._template_from_string
@@ -72,7 +72,9 @@ class _Inductor:
         options = {}
         if "always_freeze_layout" in inspect.signature(kind.__init__).parameters:
             options["always_freeze_layout"] = True
-        return kind(name=name, grid=grid, source=source, **options)
+        # Jinja takes the last line break. Without the other, a kernel in the wrapper is not the one that was begun when its
+        # text was complete (:mod:`.torch_compat_threads`), and Inductor compiles it twice.
+        return kind(name=name, grid=grid, source=f"{source}\n\n{{{{asked_for}}}} = {name}\n\n", **options)
 
     def autotune(self, name: str, choices: list[Any], inputs: list[Any], layout: Any, input_gen_fns: dict) -> Any:
         """``autotune_select_algorithm``; newer releases return ``(node, choice)``, older ones the node."""
@@ -110,37 +112,45 @@ launch_from_cubin()
 """
 
 
-def _launched_from_cubin(template: Any) -> Any:
-    """A subclass of Inductor's ``TritonTemplate`` whose kernels tell the process that compiles them how to launch them.
+def _own_kernels(template: Any, name: str) -> Any:
+    """A subclass of Inductor's ``TritonTemplate`` whose kernels are called ``name``, and tell how to launch them.
 
-    It may be one of Inductor's worker processes, which know of this package only through the kernels' text.
+    Inductor calls a kernel after the graph around it, and Triton's cache tells kernels apart by their names too. Called after
+    their template, equal kernels of all graphs are one, and a profile shows what they compute; the name that Inductor asks
+    for stands behind the kernel. The process that compiles it may be one of Inductor's workers, which know of this package
+    only through the kernel's text.
     """
 
     class Kernel(template.kernel_type):  # type: ignore[name-defined, misc]
+        def __init__(self, kernel_name: str, *arguments: Any, **named: Any) -> None:
+            super().__init__(name, *arguments, **named)
+            self.asked_for = kernel_name
+
+        def render(self, template: Any, kwargs: dict[str, Any], *tracked: Any, **named: Any) -> Any:
+            return super().render(template, kwargs | {"asked_for": self.asked_for}, *tracked, **named)
+
         def jit_lines(self) -> str:
             return _LAUNCH_IMPORTS + textwrap.dedent(super().jit_lines())
 
         def emit_kernel_override(self, wrapper: Any, src_code: str, kernel_name: str, *arguments: Any) -> bool:
             """Called when the kernel's text is complete; False, because Inductor writes it into the wrapper."""
-            start_compiling(kernel_name if inductor.config.triton.unique_kernel_names else "triton_", src_code)
+            start_compiling(name, src_code)
             return super().emit_kernel_override(wrapper, src_code, kernel_name, *arguments)
 
-    return type("LaunchedFromCubin", (template,), {"kernel_type": Kernel})
+    return type("OwnKernels", (template,), {"kernel_type": Kernel})
 
 
 class _DeferredText:
     """A template's text, which Jinja parses when it is rendered for the first time: a tenth of a second for each of ours.
 
-    A process whose kernels are in torch's caches renders none, and one call renders a few of them. What is rendered ends with
-    a line break, as Inductor's wrapper writes it: without, a kernel in the wrapper is not the one that was begun when its text
-    was complete, and Inductor compiles it twice.
+    A process whose kernels are in torch's caches renders none, and one call renders a few of them.
     """
 
     def __init__(self, parsed: Callable[[], Any]) -> None:
         self._parsed = functools.cache(parsed)
 
     def render(self, **values: Any) -> str:
-        return str(self._parsed().render(**values)) + "\n"
+        return str(self._parsed().render(**values))
 
 
 def length_hint(length: Any) -> int:

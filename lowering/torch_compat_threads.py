@@ -4,7 +4,8 @@ A process that compiles its first graphs has no worker yet: these import torch b
 forward's and the backward's lowering. Until then Inductor (torch 2.11 to 2.13) compiles kernel after kernel in the process
 itself, while it imports the wrapper. Ours are large, and Triton holds the interpreter's lock only in its front end, a fifth of
 the time; so each of ours starts in a thread as soon as its text is there. All that the thread does is fill Triton's cache.
-Inductor, when it asks for the kernel, waits for it where it would wait for a worker's, and then goes on as always.
+Inductor, when it asks for the kernel, waits for it where it would wait for a worker's, and then goes on as always. While it
+waits, the kernels of the backward begin too (:mod:`.torch_compat_backward`).
 
 The private symbols are fenced in :mod:`.torch_compat`.
 """
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 
 from .torch_compat import resolve
+from .torch_compat_backward import begin_backward_of, lowered_alone
 from .torch_compat_codegen import compile_arguments
 from .torch_compat_gluon import source_type
 
@@ -44,8 +46,10 @@ def start_compiling(name: str, source: str) -> None:
 
 def _start(name: str, source: str) -> None:
     inductor = resolve("torch._inductor.async_compile")
-    if inductor.get_compile_threads() <= 1 or inductor.AsyncCompile.use_process_pool() or torch.version.hip:
-        return  # the user wants one after the other; or Inductor gives it to a worker at once
+    if (threads := inductor.get_compile_threads()) <= 1 or torch.version.hip:
+        return  # the user wants one after the other
+    if (workers := inductor.AsyncCompile.use_process_pool()) and not _begun:
+        return  # Inductor gives it to a worker at once
     kernels, knobs = inductor.CompiledTritonKernels, resolve("triton:knobs")
     if kernels.get(source) is not None or knobs.compilation.always_compile or knobs.runtime.interpret:
         return
@@ -54,13 +58,17 @@ def _start(name: str, source: str) -> None:
     kernel = inductor._load_triton_kernel_from_source(name, source)
     if not kernel.configs:
         return  # the kernel of an earlier graph, compiled in this process
+    graph = resolve("torch._inductor.virtualized:V").graph
     kernel.set_compile_info(
-        resolve("torch._guards:CompileContext.current_compile_id")(),
-        getattr(resolve("torch._inductor.virtualized:V").graph, "is_backward", False),
+        resolve("torch._guards:CompileContext.current_compile_id")(), getattr(graph, "is_backward", False)
     )
-    compiled = _begun(kernel, inductor.get_compile_threads())
+    compiled = _begin(kernel, 0 if workers else threads)
+    if compiled is None or lowered_alone.get():
+        return
+    forward = graph.module
 
     def result() -> Any:
+        begin_backward_of(forward, until=compiled.done)
         compiled.result()
         kernels.remove_future(source)
         kernel.precompile(warm_cache_only=False, static_triton_bundle_key=kernels.key(source))
@@ -69,8 +77,12 @@ def _start(name: str, source: str) -> None:
     kernels.save(source, resolve("torch._inductor.codecache:LambdaFuture")(result, future=compiled))
 
 
-def _begun(kernel: Any, threads: int) -> Future[None]:
-    """Triton at work on a kernel of :func:`.torch_compat_codegen.load_kernel`."""
+_begun: dict[str, Future[None]] = {}
+"""What Triton is at work on, by its own keys."""
+
+
+def _begin(kernel: Any, threads: int) -> Future[None] | None:
+    """Triton at work on a kernel of :func:`.torch_compat_codegen.load_kernel`; with no threads, None unless it was begun."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -78,6 +90,9 @@ def _begun(kernel: Any, threads: int) -> Future[None]:
     loaded = compile_arguments(kernel)
     kind = source_type(loaded.function, ASTSource)
     text = kind(loaded.function, loaded.signature, loaded.constants, loaded.attributes)
+    key = f"{text.hash()} {loaded.arch} {sorted(loaded.options.items())}"
+    if key in _begun or not threads:
+        return _begun.get(key)
 
     def compile_kernel() -> None:
         try:
@@ -86,7 +101,9 @@ def _begun(kernel: Any, threads: int) -> Future[None]:
             _log.debug("%s was not compiled in a thread", loaded.function, exc_info=True)
 
     # Overrides of Triton's and Inductor's configuration belong to the context, which a thread does not inherit.
-    return _threads(threads).submit(contextvars.copy_context().run, compile_kernel)
+    future = _begun[key] = _threads(threads).submit(contextvars.copy_context().run, compile_kernel)
+    future.add_done_callback(lambda _: _begun.pop(key, None))
+    return future
 
 
 @functools.cache

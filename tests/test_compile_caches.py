@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from unittest import mock
 
 import pytest
 import torch
-from parallax_compile.lowering import codegen, torch_compat_launch, tuned
+from parallax_compile.lowering import codegen, torch_compat_backward, torch_compat_launch, torch_compat_threads, tuned
 from parallax_compile.lowering import torch_compat_codegen as compat
 from parallax_compile.lowering.solve import attention_solve
 from parallax_compile.lowering.store import Entry, Store
@@ -72,7 +73,7 @@ def test_a_second_process_loads_the_kernels_and_compiles_none(processes: dict[st
 
 @dataclass
 class Assembler:
-    """Runs of the assembler: each kernel, and the thread that it ran in. ``meeting``: where those of the backward wait."""
+    """Runs of the assembler: each kernel, and the thread that it ran in. ``meeting``: where our kernels wait."""
 
     runs: list[tuple[str, str]] = field(default_factory=list)
     meeting: threading.Barrier | None = None
@@ -89,7 +90,7 @@ def assembler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Assem
 
     def make_cubin(self: Any, src: str, *arguments: Any) -> Any:
         name = re.findall(r"\.entry (\w+)", src)[0]
-        if found.meeting is not None and name.startswith("triton_tem_") and "backward" in name:
+        if found.meeting is not None and name.startswith("parallax_"):
             found.meeting.wait()
         found.runs.append((name, threading.current_thread().name))
         return assemble(self, src, *arguments)
@@ -108,8 +109,10 @@ def test_kernels_are_compiled_side_by_side_while_inductors_workers_start(
     from torch._inductor.async_compile import AsyncCompile, CompiledTritonKernels
 
     monkeypatch.setattr(AsyncCompile, "use_process_pool", classmethod(lambda cls: False))
-    assembler.meeting = threading.Barrier(2, timeout=60)  # the one waits until the other is there too
-    kernels = on_a_gpu(compile_threads=2, fx_graph_cache=False)
+    assembler.meeting = threading.Barrier(
+        3, timeout=60
+    )  # the forward's kernel waits until those of the backward are there
+    kernels = on_a_gpu(compile_threads=3, fx_graph_cache=False)
     ours = {name: thread for name, thread in assembler.runs if name in kernels}
     assert len(kernels) == len(ours) == 3
     # Inductor found what the threads made; if one of these failed, which was seen once in a busy process, it helps itself.
@@ -119,8 +122,31 @@ def test_kernels_are_compiled_side_by_side_while_inductors_workers_start(
     assert len(made) == 3
     assert not CompiledTritonKernels._cache
     # Another graph with the same kernels: this process has them.
-    assert not on_a_gpu(compile_threads=2, fx_graph_cache=False)
+    assert not on_a_gpu(compile_threads=3, fx_graph_cache=False)
     assert [name for name, _ in assembler.runs if name in kernels] == made
+    gc.collect()
+    assert not torch_compat_threads._begun and not torch_compat_backward._backwards
+
+
+@pytest.mark.parametrize("case", ["symbolic lengths", "an error"])
+def test_a_backward_that_cannot_be_begun_early_is_compiled_when_it_is_lowered(
+    assembler: Assembler, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    from support.compile_caches import on_a_gpu
+    from torch._inductor.async_compile import AsyncCompile
+
+    monkeypatch.setattr(AsyncCompile, "use_process_pool", classmethod(lambda cls: False))
+    begin, alone = torch_compat_threads._begin, []
+
+    def recorded(*arguments: Any) -> Any:
+        alone.append(torch_compat_backward.lowered_alone.get())
+        return begin(*arguments)
+
+    monkeypatch.setattr(torch_compat_threads, "_begin", recorded)
+    if case == "an error":
+        monkeypatch.setattr(torch_compat_backward, "_lower", mock.Mock(side_effect=RuntimeError))
+    assert len(on_a_gpu(compile_threads=3, fx_graph_cache=False, dynamic=case == "symbolic lengths")) == 3
+    assert alone == [False] * 3
 
 
 def test_one_thread_compiles_one_kernel_after_the_other(assembler: Assembler) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from parallax_compile.lowering import cache_key, codegen, tuned
+from parallax_compile.lowering import cache_key, codegen, torch_compat_backward, tuned
 from parallax_compile.lowering import torch_compat_codegen as compat
 from parallax_compile.lowering.store import Entry, Store
 from parallax_compile.lowering.targets import resolve
@@ -156,8 +156,8 @@ def loaded_by_stand_ins(launched: list[tuple[Any, ...]] | None = None) -> Iterat
         yield loaded
 
 
-def on_a_gpu(**options: Any) -> list[str]:
-    """Compile a call and its gradients for an H100, through torch's caches; the kernels that were loaded for it.
+def on_a_gpu(*, dynamic: bool = False, **options: Any) -> list[str]:
+    """Compile a call and its gradients for an H100, through torch's caches; our kernels that were loaded for it.
 
     ``options`` are Inductor's, over one thread.
     """
@@ -166,7 +166,11 @@ def on_a_gpu(**options: Any) -> list[str]:
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     def inner(graph: Any, inputs: Any, **how: Any) -> Any:
-        return compile_fx_inner(*compat.move_graph(graph, inputs), **how)
+        there, inputs_there = compat.move_graph(graph, inputs)
+        backward = torch_compat_backward._backwards.pop(graph, None)
+        if backward is not None:
+            torch_compat_backward._backwards[there] = compat.move_graph(backward, [])[0]
+        return compile_fx_inner(there, inputs_there, **how)
 
     def backend(graph: Any, inputs: Any) -> Any:
         compile_fx(graph, inputs, inner_compile=inner)
@@ -182,8 +186,9 @@ def on_a_gpu(**options: Any) -> list[str]:
         functorch.patch(force_non_lazy_backward_lowering=True),
         inductor.patch({"compile_threads": 1, **options}),
     ):
-        torch.compile(codegen.fresh(attention), fullgraph=True, backend=backend)(*operands(torch.bfloat16, 64))
-    return [name for name in loaded if name.startswith("triton_tem_")]
+        call = torch.compile(codegen.fresh(attention), fullgraph=True, dynamic=dynamic, backend=backend)
+        call(*operands(torch.bfloat16, 64))
+    return [name for name in loaded if name.startswith("parallax_")]
 
 
 def main() -> None:

@@ -48,9 +48,12 @@ class GluonKernel:
 def _load(source: str, machine: _Machine) -> dict[str, Any]:
     """The kernel's functions as plain Python on ``machine``: without imports and decorators."""
     module = ast.parse(source)
-    module.body = [node for node in module.body if isinstance(node, ast.FunctionDef)]
-    for function in module.body:
+    functions = [node for node in module.body if isinstance(node, ast.FunctionDef)]
+    for function in functions:
         function.decorator_list = []
+    # A kernel has another name, too: the one that Inductor asks for.
+    names_too = [node for node in module.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name)]
+    module.body = [*functions, *names_too]
     names = machine.names()
     exec(compile(module, "<generated gluon>", "exec"), names)
     return names
@@ -276,6 +279,7 @@ class _Machine:
             sum=lambda value, axis: value.sum(axis),
             abs=torch.abs,
             exp2=torch.exp2,
+            fma=lambda a, b, c: _tile(a) * b + c,
             log2=torch.log2,
             load=_load_from,
             store=_store_to,
