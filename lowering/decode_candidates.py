@@ -27,8 +27,10 @@ class DecodeCandidate:
     tma: bool = False
 
     def groups(self, columns: int, itemsize: int) -> int:
-        """Groups of a tile's keys: one for each warp where products of numbers of ``itemsize`` bytes go to the tensor cores
-        and a warp can hold the sums of all columns, else one."""
+        """Groups of a tile's keys: one for each warp where the tensor cores take numbers of ``itemsize`` bytes, else one.
+
+        A warp of more ``columns`` could not hold all of their sums.
+        """
         able = itemsize == 2 and columns <= COLUMNS_OF_A_WARP and not self.tma
         return self.num_warps if able and self.block_n >= _KEYS_OF_A_GROUP * self.num_warps else 1
 
