@@ -43,8 +43,8 @@ def _splits(programs: Any, heads: Any, meta: dict[str, Any]) -> tuple[Any, Any, 
 
 
 @inductor.SymbolicGridFn
-def _rows(batch: Any, heads: Any, meta: dict[str, Any]) -> tuple[Any, Any, Any]:
-    return (batch, heads, meta["ROWS_USED"])
+def _rows(batch: Any, heads: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, Any, Any]:
+    return (batch, heads, cdiv(meta["ROWS_USED"], meta["MERGED_ROWS"]))
 
 
 @inductor.SymbolicGridFn
@@ -436,6 +436,10 @@ def split_keys(
     if merge == "stage":
         ir = inductor.ir
         layout = ir.FixedLayout(device, torch.float32, state_size, ir.FlexibleLayout.contiguous_strides(state_size))
+    # Of the merging stage: more rows a program where programs of one row would run in more than one round.
+    merged_rows = 1
+    while isinstance(batch, int) and merged_rows < used and batch * heads * (used // merged_rows) > 4 * multiprocessors:
+        merged_rows *= 2
     choices: list[Any] = []
     for candidate, own in pairs:
         groups = candidate.groups(stacked, query.get_dtype().itemsize)
@@ -457,7 +461,7 @@ def split_keys(
             "SPLIT": merge != "none",
             "MERGE_HERE": merge == "kernel",
             "ONE_PAGE": paged and page_size % candidate.block_n == 0,
-            **_merged_at_once(value_width, parts, own, *((used, candidate.num_warps) if merge == "kernel" else (1, 4))),
+            **_merged_at_once(value_width, parts, own, *((used, candidate.num_warps) if merge == "kernel" else (merged_rows, 4))),
         }
         error = _TEMPLATES["decode_split"].maybe_append_choice(
             choices,
