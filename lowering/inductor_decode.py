@@ -442,6 +442,7 @@ def split_keys(
         merged_rows *= 2
     choices: list[Any] = []
     for candidate, own in pairs:
+        held = (used, candidate.num_warps) if merge == "kernel" else (merged_rows, 4)
         groups = candidate.groups(stacked, query.get_dtype().itemsize)
         shape = {
             "ROWS": tile_rows,
@@ -461,7 +462,7 @@ def split_keys(
             "SPLIT": merge != "none",
             "MERGE_HERE": merge == "kernel",
             "ONE_PAGE": paged and page_size % candidate.block_n == 0,
-            **_merged_at_once(value_width, parts, own, *((used, candidate.num_warps) if merge == "kernel" else (merged_rows, 4))),
+            **_merged_at_once(value_width, parts, own, *held),
         }
         error = _TEMPLATES["decode_split"].maybe_append_choice(
             choices,
