@@ -112,11 +112,12 @@ def decode_candidates(
         stream = candidate.block_n * (d + dv) * cache_itemsize * max(1, in_flight)
         # For float32, an 8-bit tile may be converted on its way, through a tile of the queries' numbers.
         converted = candidate.block_n * (d + dv) * itemsize if cache_itemsize < itemsize == 4 else 0
-        return stream + converted + itemsize * rows * (2 * d + candidate.block_n)
+        return stream + converted + itemsize * rows * (d + candidate.block_n)
 
     def resident(candidate: DecodeCandidate) -> bool:
-        # The tile that is computed on shares its buffer with one in flight; a block has 1 kB more than it asks for.
-        used = memory(candidate, candidate.num_stages - 1) + 1024
+        # The tile that is computed on shares its buffer with one in flight, but for many columns, whose products (`wgmma`) still
+        # read it when the next copy begins. A block has 1 kB more than it asks for.
+        used = memory(candidate, candidate.num_stages - (rows <= COLUMNS_OF_A_WARP)) + 1024
         return candidate.programs * used <= shared_memory_limit + 1024
 
     found: list[DecodeCandidate] = []
