@@ -115,8 +115,8 @@ def decode_candidates(
         return stream + converted + itemsize * rows * (d + candidate.block_n)
 
     def resident(candidate: DecodeCandidate) -> bool:
-        # The tile that is computed on shares its buffer with one in flight, but for many columns, whose products (`wgmma`) still
-        # read it when the next copy begins. A block has 1 kB more than it asks for.
+        # The tile that is computed on shares its buffer with one in flight, but for many columns, whose products (`wgmma`)
+        # still read it when the next copy begins. A block has 1 kB more than it asks for.
         used = memory(candidate, candidate.num_stages - (rows <= COLUMNS_OF_A_WARP)) + 1024
         return candidate.programs * used <= shared_memory_limit + 1024
 
