@@ -26,6 +26,14 @@ class DecodeCandidate:
     programs: int
     tma: bool = False
 
+    def groups(self, columns: int, itemsize: int) -> int:
+        """Groups of a tile's keys: one for each warp where the tensor cores take numbers of ``itemsize`` bytes, else one.
+
+        A warp of more ``columns`` could not hold all of their sums.
+        """
+        able = itemsize == 2 and columns <= COLUMNS_OF_A_WARP and not self.tma
+        return self.num_warps if able and self.block_n >= _KEYS_OF_A_GROUP * self.num_warps else 1
+
 
 # (bytes of a cached number, padded width up to) -> BLOCK_N, warps, stages, programs, tma, best first. Guesses, but for
 # (2, 128), of which most were timed on an H100, and (1, 128), timed on an H200 (benchmarks/NOTES.md); `benchmarks/decode.py
@@ -34,23 +42,29 @@ _TABLE: dict[tuple[int, int], tuple[tuple[int, ...], ...]] = {
     (2, 64): ((64, 4, 4, 2), (128, 4, 3, 2), (64, 4, 3, 4), (32, 4, 4, 4)),
     (2, 128): (
         (64, 4, 4, 2),
+        (64, 2, 4, 2),
         (64, 4, 3, 2),
         (64, 4, 4, 2, True),
-        (128, 8, 3, 1, True),
-        (32, 4, 4, 4),
+        (128, 4, 3, 1),
         (32, 2, 4, 4),
     ),
     (2, 256): ((32, 4, 3, 2), (16, 4, 3, 2)),
     (1, 64): ((128, 4, 4, 2), (64, 4, 4, 4)),
-    (1, 128): ((128, 4, 3, 2), (64, 4, 3, 3), (64, 4, 4, 2), (64, 4, 3, 4)),
+    (1, 128): ((128, 8, 3, 2), (128, 4, 3, 2), (64, 4, 4, 2), (64, 4, 3, 3)),
     (1, 256): ((64, 4, 3, 1), (32, 4, 3, 2)),
     (4, 64): ((32, 4, 3, 2), (16, 4, 2, 2)),
     (4, 128): ((32, 8, 2, 2), (16, 4, 2, 2)),
     (4, 256): ((16, 8, 2, 1), (16, 4, 1, 1)),
 }
-# What comes before a row of the table where a multiprocessor has less to read than one tile of the row's first: more and
-# shorter splits. Timed: (2, 128), one sequence of 1024 keys and 8 heads on an H100, 7.3 instead of 8.4 us.
+# What comes before a row of the table where a multiprocessor has less to read than a tile of this one: more and shorter splits.
+# Timed: (2, 128), one sequence of 512 keys and 8 heads.
 _FEW_KEYS: dict[tuple[int, int], tuple[int, ...]] = {(2, 128): (32, 2, 4, 4), (1, 128): (64, 4, 4, 2)}
+# And where at least two multiprocessors share a head: there every program ends with a sum over its warps and a merge, which are
+# shorter for two warps; elsewhere four hide more. Timed on an H200 (benchmarks/NOTES.md).
+_FEW_HEADS: dict[tuple[int, int], tuple[int, ...]] = {(2, 128): (64, 2, 4, 2)}
+COLUMNS_OF_A_WARP = 16
+"""Most columns, queries and probes, whose sums fit the registers of one warp beside the rest."""
+_KEYS_OF_A_GROUP = 16  # at least: the rows of a tensor core's tile
 _FIELDS = {
     "BLOCK_N": "block_n",
     "num_warps": "num_warps",
@@ -71,15 +85,16 @@ def decode_candidates(
     tma: bool,
     options: Mapping[str, Any],
     keys: float = math.inf,
+    heads: float = math.inf,
 ) -> list[DecodeCandidate]:
     """Feasible candidates of the decode kernel, best first, at least one.
 
     Args:
-        rows: rows of the stacked tile of queries and probes.
+        rows: queries and probes of a program, the columns of its products.
         itemsize, cache_itemsize: bytes of a number of the queries, and of the caches.
         tma: whether the target has tensor descriptors and the caches are laid out as they need it.
         options: the user's ``kernel_options``.
-        keys: that a multiprocessor reads, of all heads and sequences together.
+        keys, heads: that a multiprocessor reads, of all sequences together.
 
     Raises:
         InputError: the user's options exceed the target's shared memory, or ask for descriptors where there can be none.
@@ -95,19 +110,24 @@ def decode_candidates(
 
     def memory(candidate: DecodeCandidate, in_flight: int) -> int:
         stream = candidate.block_n * (d + dv) * cache_itemsize * max(1, in_flight)
-        # An 8-bit tile may be converted on its way, through a tile of the queries' numbers.
-        converted = candidate.block_n * (d + dv) * itemsize if cache_itemsize != itemsize else 0
-        return stream + converted + itemsize * rows * (2 * d + candidate.block_n)
+        # For float32, an 8-bit tile may be converted on its way, through a tile of the queries' numbers.
+        converted = candidate.block_n * (d + dv) * itemsize if cache_itemsize < itemsize == 4 else 0
+        return stream + converted + itemsize * rows * (d + candidate.block_n)
 
     def resident(candidate: DecodeCandidate) -> bool:
-        # The tile that is computed on shares its buffer with one in flight; a block has 1 kB more than it asks for.
-        used = memory(candidate, candidate.num_stages - 1) + 1024
+        # The tile that is computed on shares its buffer with one in flight, but for many columns, whose products (`wgmma`)
+        # still read it when the next copy begins. A block has 1 kB more than it asks for.
+        used = memory(candidate, candidate.num_stages - (rows <= COLUMNS_OF_A_WARP)) + 1024
         return candidate.programs * used <= shared_memory_limit + 1024
 
     found: list[DecodeCandidate] = []
     kind = min(cache_itemsize, 4), row
-    few = kind in _FEW_KEYS and keys < _TABLE[kind][0][0] and "block_n" not in forced
-    for values in (*([_FEW_KEYS[kind]] if few else []), *_TABLE[kind]):
+    first = []
+    if kind in _FEW_KEYS and keys < _FEW_KEYS[kind][0] and "block_n" not in forced:
+        first.append(_FEW_KEYS[kind])
+    if kind in _FEW_HEADS and heads <= 0.5 and rows <= COLUMNS_OF_A_WARP:
+        first.append(_FEW_HEADS[kind])
+    for values in (*first, *_TABLE[kind]):
         candidate = DecodeCandidate(*values)  # type: ignore[arg-type]  # the fifth of a row is a bool
         if candidate.tma and not tma and "tma" not in forced:
             continue

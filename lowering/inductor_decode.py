@@ -43,8 +43,8 @@ def _splits(programs: Any, heads: Any, meta: dict[str, Any]) -> tuple[Any, Any, 
 
 
 @inductor.SymbolicGridFn
-def _rows(batch: Any, heads: Any, meta: dict[str, Any]) -> tuple[Any, Any, Any]:
-    return (batch, heads, meta["ROWS_USED"])
+def _rows(batch: Any, heads: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, Any, Any]:
+    return (batch, heads, cdiv(meta["ROWS_USED"], meta["MERGED_ROWS"]))
 
 
 @inductor.SymbolicGridFn
@@ -59,10 +59,11 @@ _TEMPLATES = {
 }
 _APPENDED_AT_ONCE = 16  # new keys that a program writes at once
 _APPENDED_ON_THE_WAY = 16  # new keys that a decode kernel writes itself, at most
-_ROWS_WITH_LATE_SUMS = 32  # most rows of a tile whose sums are kept apart for each key: more leave no registers
+_COLUMNS_WITH_LATE_SUMS = 32  # most columns of a tile whose sums are kept apart for each key: more leave no registers
 _BATCH_BLOCK = 256  # sequences whose lengths a program reads at once, at most
 _LEAST_PACKED = 32  # columns of values, so that half of them is a tile of the tensor cores
-_MERGED_NUMBERS = 8192  # of partial sums that a merge holds at once
+_MERGED_NUMBERS = 64  # of partial sums that a thread holds at once in a merge
+_STATE_NUMBERS = 8  # of a row's state (m, d1, d2) in memory: a whole sector of the L2 cache
 
 
 def _int(size: Any) -> int | None:
@@ -397,6 +398,7 @@ def split_keys(
         tma=not paged and new is None and tma_possible(device, [key, value]),
         options=options,
         keys=batch * kv_heads * most_keys / multiprocessors if known else math.inf,
+        heads=batch * kv_heads / multiprocessors if isinstance(batch, int) else math.inf,
     )
     if sparse:
         found = _within_blocks(found, kv_block, options)
@@ -417,7 +419,7 @@ def split_keys(
     out_layout, *statistics_layouts = layouts
     statistics = dict(zip(("LSE", "PROBE_MEAN"), map(allocate, statistics_layouts), strict=True))
     partial = {"PARTIAL": _scratch(device, [programs, heads, tile_rows, parts * value_width])}
-    state_size = [programs, heads, tile_rows, 4]
+    state_size = [programs, heads, tile_rows, _STATE_NUMBERS]
     split_inputs, written = dict(inputs), {}
     if merge == "kernel":
         split_inputs["COUNTERS"] = _operand(counters_at_zero(device, batch * heads))
@@ -434,15 +436,25 @@ def split_keys(
     if merge == "stage":
         ir = inductor.ir
         layout = ir.FixedLayout(device, torch.float32, state_size, ir.FlexibleLayout.contiguous_strides(state_size))
+    # Of the merging stage: more rows a program where programs of one row would run in more than one round.
+    merged_rows = 1
+    while isinstance(batch, int) and merged_rows < used and batch * heads * (used // merged_rows) > 4 * multiprocessors:
+        merged_rows *= 2
     choices: list[Any] = []
     for candidate, own in pairs:
+        held = (used, candidate.num_warps) if merge == "kernel" else (merged_rows, 4)
+        groups = candidate.groups(stacked, query.get_dtype().itemsize)
         shape = {
             "ROWS": tile_rows,
             "HEAD_TILES": own.row_tiles,
             "ROWS_USED": used,
-            "BLOCK_M": stacked,
+            "PARTS": parts,
+            "COLUMNS": stacked,
             "BLOCK_N": candidate.block_n,
-            "SUMS_AT_THE_END": stacked <= _ROWS_WITH_LATE_SUMS,
+            "GROUPS": groups,
+            "KEYS": candidate.block_n // groups,
+            "STATE_NUMBERS": _STATE_NUMBERS,
+            "SUMS_AT_THE_END": stacked <= _COLUMNS_WITH_LATE_SUMS,
             "SLOTS": own.slots,
             "LEAST_TILES": own.least_tiles,
             "USE_TMA": candidate.tma,
@@ -450,7 +462,7 @@ def split_keys(
             "SPLIT": merge != "none",
             "MERGE_HERE": merge == "kernel",
             "ONE_PAGE": paged and page_size % candidate.block_n == 0,
-            **_merged_at_once(value_width, parts, own, used if merge == "kernel" else 1),
+            **_merged_at_once(value_width, parts, own, *held),
         }
         error = _TEMPLATES["decode_split"].maybe_append_choice(
             choices,
@@ -522,10 +534,10 @@ def _unit_of_scores(width: int, key: Any) -> float:
     return 2.0 ** max(0, math.ceil(math.log2(largest / torch.finfo(torch.float16).max)))
 
 
-def _merged_at_once(value_width: int, parts: int, own: Cut, rows: int) -> dict[str, int]:
+def _merged_at_once(value_width: int, parts: int, own: Cut, rows: int, num_warps: int) -> dict[str, int]:
     """How many rows, of how many splits, a merge holds at once: powers of two."""
     merged_rows = 1 << max(0, rows - 1).bit_length()
-    most = max(1, _MERGED_NUMBERS // (merged_rows * padded(value_width) * parts))
+    most = max(1, 32 * num_warps * _MERGED_NUMBERS // (merged_rows * padded(value_width) * parts))
     wanted = own.programs if isinstance(own.programs, int) else own.slots + 1
     return {"MERGED_ROWS": merged_rows, "MERGED_AT_ONCE": min(most, 1 << max(0, wanted - 1).bit_length())}
 

@@ -98,7 +98,7 @@ def decode_cut(
         programs: that fill the device.
         merge: the user's choice.
     """
-    fewest = 8 if has_probe else 16  # the tensor cores take 16 rows
+    fewest = 4 if has_probe else 8  # the tensor cores take 8 columns
     rows = max(fewest, min(_MOST_ROWS, 1 << (rows_of_head - 1).bit_length()))
     row_tiles = -(-rows_of_head // rows)
     heads = kv_heads * row_tiles

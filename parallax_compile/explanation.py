@@ -411,7 +411,7 @@ def _cut(problem: Problem, target: Target | None, most_keys: int) -> Cut:
     """How the keys of a call are split on a target, of which a row sees so many at most."""
     sm_count, limit = (1, 1 << 20) if target is None else (target.sm_count, target.shared_memory_per_block)
     candidate = decode_candidates(
-        rows=16,
+        rows=8,
         width=problem.width,
         value_width=problem.value_width,
         itemsize=problem.itemsize,
@@ -420,6 +420,7 @@ def _cut(problem: Problem, target: Target | None, most_keys: int) -> Cut:
         tma=False,
         options={},
         keys=problem.batch * problem.kv_heads * most_keys / sm_count,
+        heads=problem.batch * problem.kv_heads / sm_count,
     )[0]
     return decode_cut(
         batch=problem.batch,

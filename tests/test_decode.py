@@ -406,7 +406,7 @@ def sizes(**changes: Any) -> dict[str, Any]:
 
 def test_how_calls_are_cut() -> None:
     one = decode_cut(**sizes())
-    assert (one.rows, one.row_tiles, one.slots, one.programs, one.merge) == (8, 1, 33, 34, "kernel")
+    assert (one.rows, one.row_tiles, one.slots, one.programs, one.merge) == (4, 1, 33, 34, "kernel")
     assert decode_cut(**sizes(most_keys=64)).merge == "none"
     assert decode_cut(**sizes(most_keys=500)).programs == 9  # 8 tiles, and one in which a window may begin
     assert decode_cut(**sizes(rows_of_head=16)).merge == "stage"
@@ -523,7 +523,7 @@ def test_nothing_spills(cache: torch.dtype, queries: int) -> None:
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are generated here, not interpreted")
 @pytest.mark.parametrize(
-    ("length", "options", "block"), [(1024, {}, 32), (4096, {}, 64), (1024, {"BLOCK_N": 64}, 64)], ids=str
+    ("length", "options", "block"), [(512, {}, 32), (1024, {}, 64), (512, {"BLOCK_N": 64}, 64)], ids=str
 )
 def test_few_keys_are_cut_into_more_splits(length: int, options: dict[str, int], block: int) -> None:
     pytest.importorskip("triton")
