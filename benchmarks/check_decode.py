@@ -226,13 +226,13 @@ def main() -> int:
     with concurrent.futures.ProcessPoolExecutor(arguments.workers, mp_context=context) as pool:
         for name, future in [(name, pool.submit(run, name)) for name in names]:
             error = future.exception()
-            print(f"{name}: {'done' if error is None else 'failed'}", flush=True)
             if error is None:
                 results.append(future.result())
             else:
                 results.append(
                     {"case": name, "passed": False, "failed": f"{type(error).__name__}: {str(error)[-300:]}"}
                 )
+            print(f"{name}: {'passed' if results[-1]['passed'] else 'FAILED'}", flush=True)
     rows = []
     for row in results:
         numbers = [f"{row[key]:.2e}" if key in row else "" for key in ("error", "over_budget")]
