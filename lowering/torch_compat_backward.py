@@ -12,6 +12,7 @@ The private symbols are fenced in :mod:`.torch_compat`.
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import operator
@@ -60,11 +61,12 @@ def begin_backward_of(forward: fx.GraphModule, until: Callable[[], bool]) -> Non
     for node in backward.graph.nodes:
         if until():
             return
-        if not str(node.target).startswith("parallax") or _signature(node) in seen:
+        if not str(node.target).startswith("parallax"):
             continue
-        seen.add(_signature(node))
         try:
-            _lower(node)
+            if (signature := _signature(node)) not in seen:
+                seen.add(signature)
+                _lower(node)
         except Exception:  # Inductor lowers it again, and says what is wrong
             _log.debug("%s was not lowered ahead", node, exc_info=True)
 
@@ -101,7 +103,9 @@ def _lower(node: fx.Node) -> None:
     virtual = resolve("torch._inductor.virtualized:V")
     token = lowered_alone.set(True)
     try:
-        module = fx.GraphModule(node.graph.owning_module or {}, graph)
+        mods = {str(source.target): source.graph.owning_module for source in operands if source.op == "get_attr"}
+        # Lowering simplifies mods in place, after it has looked at them.
+        module = fx.GraphModule({name: copy.deepcopy(getattr(owner, name)) for name, owner in mods.items()}, graph)
         alone = resolve("torch._inductor.graph:GraphLowering")(module, example_inputs=inputs, is_backward=True)
         mode = resolve("torch._guards:detect_fake_mode")(inputs)
         with virtual.set_fake_mode(mode), virtual.set_graph_handler(alone):

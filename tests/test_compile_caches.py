@@ -112,7 +112,18 @@ def test_kernels_are_compiled_side_by_side_while_inductors_workers_start(
     assembler.meeting = threading.Barrier(
         3, timeout=60
     )  # the forward's kernel waits until those of the backward are there
-    kernels = on_a_gpu(compile_threads=3, fx_graph_cache=False)
+    lower, mods = torch_compat_backward._lower, []
+
+    def lowered(node: torch.fx.Node) -> None:
+        graph = node.graph.owning_module
+        before = [module.code for module in graph.children()]
+        lower(node)
+        mods.append((before, [module.code for module in graph.children()]))
+
+    monkeypatch.setattr(torch_compat_backward, "_lower", lowered)
+    # Lowering multiplies the factors of this mod with one another; the store tells mods apart by what they were before.
+    kernels = on_a_gpu(compile_threads=3, fx_graph_cache=False, covariance_mod=plx.mods.tanh_cap(20.0, approx=True))
+    assert [before == after for before, after in mods] == [True] and len(mods[0][0]) == 5
     ours = {name: thread for name, thread in assembler.runs if name in kernels}
     assert len(kernels) == len(ours) == 3
     # Inductor found what the threads made; if one of these failed, which was seen once in a busy process, it helps itself.
@@ -122,7 +133,7 @@ def test_kernels_are_compiled_side_by_side_while_inductors_workers_start(
     assert len(made) == 3
     assert not CompiledTritonKernels._cache
     # Another graph with the same kernels: this process has them.
-    assert not on_a_gpu(compile_threads=3, fx_graph_cache=False)
+    assert not on_a_gpu(compile_threads=3, fx_graph_cache=False, covariance_mod=plx.mods.tanh_cap(20.0, approx=True))
     assert [name for name, _ in assembler.runs if name in kernels] == made
     gc.collect()
     assert not torch_compat_threads._begun and not torch_compat_backward._backwards

@@ -156,7 +156,7 @@ def loaded_by_stand_ins(launched: list[tuple[Any, ...]] | None = None) -> Iterat
         yield loaded
 
 
-def on_a_gpu(*, dynamic: bool = False, **options: Any) -> list[str]:
+def on_a_gpu(*, dynamic: bool = False, covariance_mod: Any = None, **options: Any) -> list[str]:
     """Compile a call and its gradients for an H100, through torch's caches; our kernels that were loaded for it.
 
     ``options`` are Inductor's, over one thread.
@@ -177,7 +177,7 @@ def on_a_gpu(*, dynamic: bool = False, **options: Any) -> list[str]:
         return graph.forward
 
     def attention(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Tensor:
-        return plx.attention(q, k, v, r, kernel_options={"USE_TMA": True})
+        return plx.attention(q, k, v, r, covariance_mod=covariance_mod, kernel_options={"USE_TMA": True})
 
     with (
         compat.pretend_gpu(resolve("sm_90")),
