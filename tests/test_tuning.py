@@ -303,7 +303,7 @@ def test_every_candidate_takes_what_the_graphs_kernel_is_launched_with() -> None
 
 def source_arguments(source: str) -> str:
     """The parameters of a generated kernel, as its text has them."""
-    return re.findall(r"^def triton_\w+\((.*?)\):", source, re.MULTILINE)[-1]
+    return re.findall(r"^def parallax_\w+\((.*?)\):", source, re.MULTILINE)[-1]
 
 
 def test_wrong_arguments_are_named() -> None:
