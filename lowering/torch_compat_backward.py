@@ -56,7 +56,7 @@ def begin_backward_of(forward: fx.GraphModule, until: Callable[[], bool]) -> Non
     backward = _backwards.pop(forward, None)
     config = resolve("torch._inductor.config")
     if backward is None or config.max_autotune or config.cpp_wrapper or config.trace.enabled:
-        return
+        return  # candidates would be timed twice; other texts; files of the forward's would be written over
     seen: set[str] = set()
     for node in backward.graph.nodes:
         if until():
