@@ -150,14 +150,17 @@ def test_a_backward_that_cannot_be_begun_early_is_compiled_when_it_is_lowered(
     begin, alone = torch_compat_threads._begin, []
 
     def recorded(*arguments: Any) -> Any:
-        alone.append(torch_compat_backward.lowered_alone.get())
+        alone.append(torch_compat_threads.lowered_alone.get())
         return begin(*arguments)
 
     monkeypatch.setattr(torch_compat_threads, "_begin", recorded)
     if case == "an error":
         monkeypatch.setattr(torch_compat_backward, "_lower", mock.Mock(side_effect=RuntimeError))
+    entered = mock.Mock(wraps=torch_compat_backward.lowered_alone)
+    monkeypatch.setattr(torch_compat_backward, "lowered_alone", entered)
     assert len(on_a_gpu(compile_threads=3, fx_graph_cache=False, dynamic=case == "symbolic lengths")) == 3
     assert alone == [False] * 3
+    assert not entered.set.called  # what is lowered with symbols adds to their guards, also where it fails
 
 
 def test_one_thread_compiles_one_kernel_after_the_other(assembler: Assembler) -> None:
