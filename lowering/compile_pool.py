@@ -149,8 +149,10 @@ def _started() -> subprocess.Popen[str]:
     root = str(Path(__file__).absolute().parents[2])
     paths = [root, *(path for path in sys.path if path)]
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    # Not by -m, which would look in the current folder first.
+    command = f"import sys; sys.path = [*filter(None, sys.path)]; from {__package__}.compile_worker import main; main()"
     return subprocess.Popen(
-        [sys.executable, "-m", f"{__package__}.compile_worker"],
+        [sys.executable, "-c", command],
         env=env,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""A process that compiles kernels for a target, without a GPU: ``python -m parallax_compile.lowering.compile_worker``.
+"""A process that compiles kernels for a target, without a GPU (:mod:`.compile_pool` starts it).
 
 One request a line on standard input, one answer a line on standard output, both JSON; what compilers print goes to standard
 error. A process, because a compiler may crash, and because compiling holds the interpreter's lock.
@@ -62,7 +62,3 @@ def main() -> None:
     for line in sys.stdin:
         answers.write(json.dumps(compiled(json.loads(line))) + "\n")
         answers.flush()
-
-
-if __name__ == "__main__":
-    main()

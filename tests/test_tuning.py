@@ -142,7 +142,14 @@ def test_the_model_knows_occupancy_spills_and_idle_multiprocessors() -> None:
 # --- the compiling processes ----------------------------------------------------------------------------------------
 
 
-def test_workers_compile_count_errors_and_survive_a_compiler_that_crashes() -> None:
+def test_workers_compile_count_errors_and_survive_a_compiler_that_crashes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A checkout has a folder of the package's name, without what belongs to the package.
+    (tmp_path / "parallax_compile").mkdir()
+    (tmp_path / "parallax_compile" / "__init__.py").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
     inputs = [torch.empty(1, 1, 64, 16, dtype=torch.float16, device="meta") for _ in range(3)]
     code = generate(lambda *t: plx.attention(*t), inputs, target="sm_90", backward=False)
     kernel = code.stage("core_forward")
