@@ -22,6 +22,7 @@ from parallax_compile.lowering import codegen, cubin, tuned
 from parallax_compile.lowering import torch_compat_codegen as compat
 from parallax_compile.lowering.store import Store
 from parallax_compile.lowering.targets import DEFAULT, TARGETS, Target, resolve
+from support.descriptors import strayed
 from torch import Tensor
 
 import parallax_compile as plx
@@ -330,11 +331,46 @@ def test_default_candidates_hardly_spill_on_hopper(spec: plx.AttentionSpec, widt
 
     code = generate(call, operands={"length": 1024, "width": width})
     kernels = [code.stage(stage) for stage in STAGES]
-    spills = {kernel.stage: cubin.compile_kernel(kernel, "sm_90").resources.spills or 0 for kernel in kernels}
+    compiled = {kernel.stage: cubin.compile_kernel(kernel, "sm_90") for kernel in kernels}
+    spills = {stage: found.resources.spills or 0 for stage, found in compiled.items()}
     # The fastest tiles on an H100 hold every register: what is left are a few values that wait outside of the loops, of which
     # persistent kernels have two.
     allowed = {kernel.stage: 512 if "@gluon.jit" in kernel.source else 256 if width == 128 else 0 for kernel in kernels}
     assert {stage: found for stage, found in spills.items() if found > allowed[stage]} == {}
+    assert {stage: found.asm["sass"] for stage, found in compiled.items() if strayed(str(found.asm["sass"]))} == {}
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_the_products_of_the_scan_read_where_their_operands_are(width: int) -> None:
+    def call(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Tensor:
+        spec = plx.AFFINE_LINEAR.replace(mask_mod=plx.masks.causal())
+        return plx.attention(q, k, v, r, spec=spec, enable_gqa=True)
+
+    code = generate(call, operands={"length": 1000, "width": width})
+    found = {}
+    for kernel in (kernel for graph in code.graphs for kernel in graph.kernels if kernel.stage):
+        sass = str(cubin.compile_kernel(kernel, "sm_90", report=False).asm["sass"])
+        assert "HGMMA" in sass
+        found[kernel.name] = strayed(sass)
+    assert set(map(bool, found.values())) == {False}, found
+
+
+def test_a_descriptor_that_strays_is_seen() -> None:
+    sound = """
+        /*0010*/ S2UR UR4, SR_CgaCtaId ;
+        /*0020*/ USHF.R.U32.HI UR4, URZ, 0x4, UR4 ;
+        /*0030*/ UMOV UR5, 0x40000040 ;
+        /*0040*/ UIADD3.64 UR6, UR4, 0x20, URZ ;
+        /*0050*/ HGMMA.64x16x16.F32.BF16 R24, gdesc[UR4].tnspB, R24 ;
+        /*0060*/ HGMMA.64x16x16.F32.BF16 R24, R56, gdesc[UR4], R24, gsb0 ;
+    """
+    assert strayed(sound) == []
+    assert strayed(sound.replace("USHF.R.U32.HI UR4, URZ, 0x4, UR4", "ULDC.64 UR4, c[0x0][0x218]")) == [
+        f"{offset} UR{register}: from c[0x0][0x218]" for offset, register in (("0050", 4), ("0050", 6), ("0060", 6))
+    ]
+    assert strayed(sound.replace("UIADD3.64 UR6", "UIADD3.64 UR8")) == [
+        f"{offset} UR{register}: nothing wrote it" for offset in ("0050", "0060") for register in (6, 7)
+    ]
 
 
 @pytest.mark.parametrize(
