@@ -111,8 +111,9 @@ def recorded() -> str:
         return ""
     text = found[-1].read_text(encoding="utf-8").rstrip()
     where = found[-1].relative_to(ROOT)
-    told = f"A tuning run (`{where}`). Its winners are the shipped table of that GPU, but for those of the scan and of LLA's"
-    what = f"{told}\nsolver, whose kernels have changed since."
+    later = "tune-scan-h200-2026-11-30.txt"
+    told = f"A tuning run (`{where}`). Its winners are the shipped table of that GPU; those of the scan and of LLA's"
+    what = f"{told}\nsolver, whose kernels have changed since, are of a later run (`benchmarks/results/{later}`)."
     return f"{what}\n\n```console\n{text}\n```\n"
 
 

@@ -101,6 +101,8 @@ def main() -> None:
     start = time.perf_counter()
     ranked = {"target": arguments.model, "measures": "model"} if arguments.model else {}
     store = Store(arguments.store / arguments.model if arguments.model else arguments.store)
+    if arguments.only and arguments.out.exists():
+        store.load(arguments.out)  # what the others' problems found stays in the table
     with tuned.using(store):
         for spec, shape, stages, effort in FALLBACKS if arguments.model else PROBLEMS:
             if arguments.only and spec.name not in arguments.only:
