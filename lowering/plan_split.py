@@ -8,12 +8,16 @@ from typing import Any, Literal
 
 from .plan_stages import Problem
 
-# Decoding: rows of a program at most, and rows of a head that the program which arrives last still merges by itself.
+# Decoding: rows of a program at most.
 _MOST_ROWS = 32
-_MERGED_BY_THE_LAST = 4
-# States of splits, rows times splits, that it may merge: on an H100 4 rows of 34 splits, merged so, took 20 us longer
-# than 8 rows that a stage of their own merged; 1 row of 34 splits and 4 rows of 5 did not.
+# What the program of a head that arrives last may merge: so many rows, and states of splits, rows times splits. On an H100 4
+# rows of 34 splits, merged so, took 20 us longer than 8 rows that a stage of their own merged; 1 row of 34 and 4 of 5 did not.
+_MERGED_BY_THE_LAST = 16
 _MOST_STATES = 64
+# More rows than these only where the sequences nearly fill the device, so that most have one split and nobody waits: on an H200
+# 8 and 16 rows of 32 sequences take 126 us so, 141 and 153 with a stage; of 16, one of them long, 82 for 43 and 59.
+_MERGED_WHATEVER_THE_SPLITS = 4
+_FEW_SPLITS = 3
 MOST_COUNTERS = 1 << 15
 """Heads of all sequences whose splits may count who is last (:mod:`.counters`)."""
 
@@ -115,7 +119,9 @@ def decode_cut(
     if not fits:
         merge = "stage"
     elif merge is None:
-        merge = "kernel" if rows_of_head * -(-launched // batch) <= _MOST_STATES else "stage"
+        splits = -(-launched // batch)
+        few = rows_of_head <= _MERGED_WHATEVER_THE_SPLITS or splits <= _FEW_SPLITS
+        merge = "kernel" if few and rows_of_head * splits <= _MOST_STATES else "stage"
     return Cut(rows, row_tiles, slots, least_tiles, launched, merge)
 
 

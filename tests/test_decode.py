@@ -414,6 +414,9 @@ def test_how_calls_are_cut() -> None:
     assert decode_cut(**sizes(rows_of_head=4)).merge == "stage"
     assert decode_cut(**sizes(rows_of_head=4, merge="kernel")).merge == "kernel"
     assert decode_cut(**sizes(rows_of_head=4, batch=8)).merge == "kernel"
+    # Sixteen where the sequences nearly fill the device, which leaves most of them one split.
+    assert [decode_cut(**sizes(rows_of_head=16, batch=batch)).merge for batch in (16, 32)] == ["stage", "kernel"]
+    assert decode_cut(**sizes(rows_of_head=17, batch=32)).merge == "stage"
     assert decode_cut(**sizes(merge="stage")).merge == "stage"
     many = decode_cut(**sizes(rows_of_head=100, has_probe=False))
     assert (many.rows, many.row_tiles, many.merge) == (32, 4, "stage")

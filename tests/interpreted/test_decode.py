@@ -136,6 +136,16 @@ def test_programs_of_the_merging_stage_take_rows_until_they_run_in_one_round() -
     assert compiled.code.stage("decode_merge").parameters["MERGED_ROWS"] == 2
 
 
+@pytest.mark.parametrize("queries", [7, 16])
+def test_the_last_program_merges_many_rows(queries: int) -> None:
+    spec = PARALLAX.replace(mask_mod=CAUSAL)
+    sizes = {"capacity": 90, "q_heads": 2, "kv_heads": 2, "width": 16, "value_width": 16, "spec": spec, "keep": causal}
+    _, compiled = check(
+        Call((90, 20, 61), queries=queries, options={"BLOCK_N": 16, "MERGE": "kernel"}, **sizes), ["decode_split"]
+    )
+    assert compiled.code.stage("decode_split").parameters["MERGED_ROWS"] == 1 << (queries - 1).bit_length()
+
+
 @pytest.mark.parametrize("merge", ["kernel", "stage"])
 def test_more_splits_than_a_merge_holds_at_once(merge: str) -> None:
     call = Call((97,), options={"BLOCK_N": 16, "MERGE": merge})
