@@ -68,6 +68,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _kernels_compiled_together() -> Iterator[None]:
+    from support.cpp_kernels import compiled_together
+
+    with compiled_together():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _fresh_torch() -> Iterator[None]:
     """The same random numbers in every test, and nothing compiled by the test before."""
