@@ -96,8 +96,9 @@ def test_flops_are_the_least_products() -> None:
 
 def test_the_harness_runs_and_its_record_renders(tmp_path: Path) -> None:
     record_path = tmp_path / "record.json"
-    command = [sys.executable, str(BENCHMARKS / "training.py"), "--device", "cpu", "--case", "tiny", "--quick"]
-    command += ["--json", str(record_path)]
+    together = Path(__file__).parent / "support" / "cpp_kernels.py"
+    command = [sys.executable, str(together), str(BENCHMARKS / "training.py"), "--device", "cpu", "--case", "tiny"]
+    command += ["--quick", "--json", str(record_path)]
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
     assert run.returncode == 0, run.stderr[-2000:]
     record: dict[str, Any] = json.loads(record_path.read_text())
