@@ -30,8 +30,7 @@ import parallax_compile as plx
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are compiled here")
 
-SUPPORT = Path(__file__).parent / "support"
-PROGRAM = [SUPPORT / "cpp_kernels.py", SUPPORT / "compile_caches.py"]
+PROGRAM = Path(__file__).parent / "support" / "compile_caches.py"
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +45,7 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
     }
     found = {}
     for state in ("cold", "warm"):
-        done = subprocess.run([sys.executable, *PROGRAM, state], env=env, capture_output=True, text=True, timeout=600)
+        done = subprocess.run([sys.executable, PROGRAM, state], env=env, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr[-3000:]
         found[state] = json.loads(done.stdout.splitlines()[-1])
     return found
