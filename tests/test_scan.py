@@ -63,9 +63,11 @@ def test_the_scan_is_the_reference(name: str, mask: Any) -> None:
 
     inputs = operands(spec, rows=None if mask is not None else 33)
     want = everything(call, inputs)
-    backends = ["aot_eager"] + (
-        ["inductor"] if name == "affine linear" or (name == "MesaNet" and mask is DOCUMENTS) else []
+    # The narrowest heads are what Inductor makes of a causal mask alone.
+    by_inductor = (mask is DOCUMENTS and name in ("affine linear", "MesaNet")) or (
+        mask is None and name == "affine linear"
     )
+    backends = ["aot_eager", *(["inductor"] if by_inductor else [])]
     for backend in backends:
         torch._dynamo.reset()
         got = everything(torch.compile(call, backend=backend, fullgraph=True), inputs)
