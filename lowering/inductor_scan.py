@@ -201,6 +201,8 @@ def _lower_product(x: Any, key: Any, value: Any, inverse: Any, starts: Any, leve
     if whole:
         segments = scan_segments(_size(batch), x_heads, _size(length), guard(value.get_size()[3]))
     has_moment = scan_products.has_moment(role, intercept, moment)
+    solution = role == "out" and x.get_dtype().itemsize > value.get_dtype().itemsize
+    gradient = role == "probe" and layout.dtype.itemsize > key.get_dtype().itemsize
     # K's sum and V's are the other way round where the sums lie transposed.
     order = (0, 2, 1) if transposed else (0, 1, 2)
 
@@ -234,8 +236,9 @@ def _lower_product(x: Any, key: Any, value: Any, inverse: Any, starts: Any, leve
             "WHOLE": whole,
             "INTERCEPT": intercept,
             # A solution in float32 beside 16-bit values; the gradient of one.
-            "X_SPLIT": role == "out" and x.get_dtype().itemsize > value.get_dtype().itemsize,
-            "STATE_SPLIT": role == "probe" and layout.dtype.itemsize > key.get_dtype().itemsize,
+            "X_SPLIT": solution,
+            "STATE_SPLIT": solution or gradient,
+            "WEIGHTS_SPLIT": gradient,
             "HAS_WEIGHT": backward and inverse is not None,
             "HAS_LEVEL": level is not None,
             "HAS_TOTALS": sums[0] is not None,

@@ -158,10 +158,13 @@ class Kernels:
             )  # fmt: skip
             dmatrix = -dmatrix if intercept else dmatrix
         if need_key or need_state:
+            # The gradient of a solved probe goes to the key too and takes most of this one away: rounded after their sum,
+            # which Inductor forms in float32.
             dkey, _, _, dfirst, _ = self.product(
                 value, grad, probe, weight, starts, key_level, *sums, *final,
-                "key", intercept, False, need_state, whole, key.dtype,
+                "key", intercept, False, need_state, whole, torch.promote_types(probe.dtype, key.dtype),
             )  # fmt: skip
+            dkey = dkey.to(key.dtype)
         return dprobe, dkey, dvalue, dmatrix, dfirst, dsecond
 
     def totals_of(
