@@ -235,10 +235,9 @@ def _lower_product(x: Any, key: Any, value: Any, inverse: Any, starts: Any, leve
             "TRANSPOSED": transposed,
             "WHOLE": whole,
             "INTERCEPT": intercept,
-            # A solution in float32 beside 16-bit values; the gradient of one.
+            # A solution in float32 beside 16-bit values: it and the state in two terms; the gradient of one: state and weights.
             "X_SPLIT": solution,
             "STATE_SPLIT": solution or gradient,
-            "WEIGHTS_SPLIT": gradient,
             "HAS_WEIGHT": backward and inverse is not None,
             "HAS_LEVEL": level is not None,
             "HAS_TOTALS": sums[0] is not None,

@@ -171,6 +171,30 @@ def test_gradients_of_mesanet_are_rounded_once() -> None:
     assert roundings(dquery, query) <= 1.5
 
 
+def test_the_keys_gradient_of_mesanet_on_plain_inputs() -> None:
+    """The first keys' comes from rows of fewer keys than columns, whose values a small ridge all but reproduces: two parts, of
+    the core and of the systems, that take each other away but for a thirtieth."""
+    spec = plx.MESA.replace(mask_mod=CAUSAL, probe=plx.Solved(0.1))
+    call = lambda q, k, v: plx.attention(q, k, v, spec=spec)
+    *inputs, grad = (torch.randn(1, 2, 140, 64).to(torch.bfloat16) for _ in range(4))
+
+    def found(call: Any, dtype: torch.dtype) -> list[Tensor]:
+        given = leaves(inputs, dtype)
+        out = call(*given)
+        return [out.detach(), *torch.autograd.grad(out, given, grad.to(dtype))]
+
+    want = found(call, torch.float64)
+    with in_segments(3):
+        got = found(interpreter.interpreted(call), torch.bfloat16)
+    errors = [relative_error(mine, exact) for mine, exact in zip(got, want, strict=True)]
+    once = [relative_error(exact.to(torch.bfloat16), exact) for exact in want]
+    assert all(error <= budget(rough, torch.bfloat16) for error, rough in zip(errors, once, strict=True)), errors
+    # The states of the output and of the probe's gradient are in two terms, and so are the weights of the latter: of n
+    # roundings the errors add up to the root of n, 3 is 1.73.
+    assert errors[0] <= 1.6 * once[0]
+    assert errors[1] <= 1.25 * once[1]
+
+
 def test_means_of_the_probe_are_exact() -> None:
     """Sums of keys are multiplied in three terms: float32. Two would err by 2^-20 here."""
     spec = plx.LINEAR.replace(mask_mod=CAUSAL)
