@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import json
 import os
 import re
@@ -76,7 +77,7 @@ class Assembler:
     """Runs of the assembler: each kernel, and the thread that it ran in. ``meeting``: where our kernels wait."""
 
     runs: list[tuple[str, str]] = field(default_factory=list)
-    meeting: threading.Barrier | None = None
+    meeting: Any = None
 
 
 @pytest.fixture
@@ -161,6 +162,54 @@ def test_a_backward_that_cannot_be_begun_early_is_compiled_when_it_is_lowered(
     assert len(on_a_gpu(compile_threads=3, fx_graph_cache=False, dynamic=case == "symbolic lengths")) == 3
     assert alone == [False] * 3
     assert not entered.set.called  # what is lowered with symbols adds to their guards, also where it fails
+
+
+class UntilLowered:
+    """Lets the forward's kernel, which comes first, go on when two others have begun, and these when they are lowered."""
+
+    def __init__(self) -> None:
+        self.others, self.lowered, self._arrivals = threading.Semaphore(0), threading.Semaphore(0), itertools.count()
+
+    def wait(self) -> None:
+        if next(self._arrivals) == 0:
+            assert all(self.others.acquire(timeout=60) for _ in range(2))
+        else:
+            self.others.release()
+            assert self.lowered.acquire(timeout=60)
+
+
+def test_the_backward_finds_what_was_begun_though_the_workers_are_up_by_then(
+    assembler: Assembler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from support.compile_caches import on_a_gpu
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.virtualized import V
+
+    start, begin = torch_compat_threads._start, torch_compat_threads._begin
+    assembler.meeting = meeting = UntilLowered()
+    workers, begun, lowered = [False], [], []
+
+    def started(name: str, source: str) -> None:
+        workers[0] = V.graph.is_backward and not torch_compat_threads.lowered_alone.get()
+        start(name, source)
+        if workers[0]:
+            lowered.append(name)
+        if len(lowered) == 2:
+            meeting.lowered.release(2)
+        workers[0] = False
+
+    def recorded(kernel: Any, threads: int) -> Any:
+        found = begin(kernel, threads)
+        if workers[0]:
+            begun.append((threads, found is not None))
+        return found
+
+    monkeypatch.setattr(torch_compat_threads, "_start", started)
+    monkeypatch.setattr(torch_compat_threads, "_begin", recorded)
+    monkeypatch.setattr(AsyncCompile, "use_process_pool", classmethod(lambda cls: workers[0]))
+    kernels = on_a_gpu(compile_threads=3, fx_graph_cache=False)
+    assert len(kernels) == 3 and begun == [(0, True)] * 2
+    assert sorted(name for name, _ in assembler.runs if name in kernels) == sorted(kernels)
 
 
 def test_one_thread_compiles_one_kernel_after_the_other(assembler: Assembler) -> None:
