@@ -66,7 +66,8 @@ CASES = {
         ["cache_append", "decode_split", "decode_merge"],
     ),
     "window, no intercept": (
-        Call((70, 9), queries=3, spec=PARALLAX.replace(mask_mod=WINDOW, intercept=False), keep=window, options={"BLOCK_N": 16}),
+        Call((70, 9), queries=3, spec=PARALLAX.replace(mask_mod=WINDOW, intercept=False), keep=window,
+             options={"BLOCK_N": 16, "MERGE": "stage"}),
         ["decode_split", "decode_merge"],
     ),
     "window, append": (
