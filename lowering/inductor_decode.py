@@ -63,6 +63,7 @@ _COLUMNS_WITH_LATE_SUMS = 32  # most columns of a tile whose sums are kept apart
 _BATCH_BLOCK = 256  # sequences whose lengths a program reads at once, at most
 _LEAST_PACKED = 32  # columns of values, so that half of them is a tile of the tensor cores
 _MERGED_NUMBERS = 64  # of partial sums that a thread holds at once in a merge
+_MERGING_PROGRAMS = 4  # of a multiprocessor, in a merging stage of one round
 _STATE_NUMBERS = 8  # of a row's state (m, d1, d2) in memory: a whole sector of the L2 cache
 
 
@@ -437,8 +438,8 @@ def split_keys(
         ir = inductor.ir
         layout = ir.FixedLayout(device, torch.float32, state_size, ir.FlexibleLayout.contiguous_strides(state_size))
     # Of the merging stage: more rows a program where programs of one row would run in more than one round.
-    merged_rows = 1
-    while isinstance(batch, int) and merged_rows < used and batch * heads * (used // merged_rows) > 4 * multiprocessors:
+    merged_rows, most_merging = 1, _MERGING_PROGRAMS * multiprocessors
+    while isinstance(batch, int) and merged_rows < used and batch * heads * (used // merged_rows) > most_merging:
         merged_rows *= 2
     choices: list[Any] = []
     for candidate, own in pairs:

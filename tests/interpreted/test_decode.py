@@ -131,9 +131,9 @@ def test_more_rows_and_splits_than_one_program_merges() -> None:
 def test_programs_of_the_merging_stage_take_rows_until_they_run_in_one_round() -> None:
     spec = PARALLAX.replace(mask_mod=CAUSAL)
     sizes = {"capacity": 40, "q_heads": 2, "kv_heads": 2, "width": 16, "value_width": 16, "spec": spec, "keep": causal}
-    lengths = tuple(torch.randint(8, 40, (40,), generator=torch.Generator().manual_seed(0)).tolist())
-    call = Call(lengths, queries=7, options={"BLOCK_N": 16}, **sizes)
-    _, compiled = check(call, ["decode_split", "decode_merge"])
+    call = Call((40, 9, 23), queries=7, options={"BLOCK_N": 16, "MERGE": "stage"}, **sizes)
+    with mock.patch.object(inductor_decode, "_MERGING_PROGRAMS", 0.2):  # 26 for 48 rows
+        _, compiled = check(call, ["decode_split", "decode_merge"])
     assert compiled.code.stage("decode_merge").parameters["MERGED_ROWS"] == 2
 
 
