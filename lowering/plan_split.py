@@ -10,14 +10,14 @@ from .plan_stages import Problem
 
 # Decoding: rows of a program at most.
 _MOST_ROWS = 32
-# What the program of a head that arrives last may merge: so many rows, and states of splits, rows times splits. On an H100 4
-# rows of 34 splits, merged so, took 20 us longer than 8 rows that a stage of their own merged; 1 row of 34 and 4 of 5 did not.
+# What the program of a head that arrives last may merge: so many rows, and states of splits, rows times splits. On an H200 two
+# rows of 33 splits take 10.2 us so and 10.6 with a stage, four 11.1 and 10.7, sixteen 18.5 and 12.7.
 _MERGED_BY_THE_LAST = 16
-_MOST_STATES = 64
-# More rows than these only where the sequences nearly fill the device, so that most have one split and nobody waits: on an H200
-# 8 and 16 rows of 32 sequences take 126 us so, 141 and 153 with a stage; of 16, one of them long, 82 for 43 and 59.
+_MOST_STATES = 96
+# More rows than these only where the sequences fill enough of the device that most have few splits: 8 and 16 rows of 8 to 32
+# sequences, some of them long, take 1 to 8 % less so than with a stage.
 _MERGED_WHATEVER_THE_SPLITS = 4
-_FEW_SPLITS = 3
+_FEW_SPLITS = 6
 MOST_COUNTERS = 1 << 15
 """Heads of all sequences whose splits may count who is last (:mod:`.counters`)."""
 

@@ -414,8 +414,12 @@ def test_how_calls_are_cut() -> None:
     assert decode_cut(**sizes(rows_of_head=4)).merge == "stage"
     assert decode_cut(**sizes(rows_of_head=4, merge="kernel")).merge == "kernel"
     assert decode_cut(**sizes(rows_of_head=4, batch=8)).merge == "kernel"
-    # Sixteen where the sequences nearly fill the device, which leaves most of them one split.
-    assert [decode_cut(**sizes(rows_of_head=16, batch=batch)).merge for batch in (16, 32)] == ["stage", "kernel"]
+    # Sixteen where the sequences fill enough of the device that most of them have few splits.
+    assert [decode_cut(**sizes(rows_of_head=16, batch=batch)).merge for batch in (4, 8, 32)] == [
+        "stage",
+        "kernel",
+        "kernel",
+    ]
     assert decode_cut(**sizes(rows_of_head=17, batch=32)).merge == "stage"
     assert decode_cut(**sizes(merge="stage")).merge == "stage"
     many = decode_cut(**sizes(rows_of_head=100, has_probe=False))
@@ -434,8 +438,8 @@ def test_the_plan_reads_as_text() -> None:
     assert plx.explain_decode(plx.PARALLAX, query, eight, eight, query, target="sm_90").floor_seconds < 42e-6
     window = plx.PARALLAX.replace(mask_mod=plx.masks.sliding_window(1024))
     assert plx.explain_decode(window, query, cache, cache, query, target="sm_90").floor_seconds < 12e-6
-    rows = query.expand(-1, -1, 4, -1)
-    names = [stage.name for stage in plx.explain_decode(plx.LLA, rows, cache, cache, target="sm_90").plan.stages]
+    rows, keys = query[:2].expand(-1, -1, 4, -1), cache[:2]
+    names = [stage.name for stage in plx.explain_decode(plx.LLA, rows, keys, keys, target="sm_90").plan.stages]
     assert names == ["core_solve", "decode_split", "decode_merge"]
     assert plx.explain_decode(plx.SOFTMAX, query, cache, cache, target="cpu").plan.stages[0].algorithm == "row chunks"
 
