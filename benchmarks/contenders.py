@@ -9,6 +9,7 @@ after the other, unless ``peers.py`` did so ahead.
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -158,6 +159,8 @@ def _helion(case: Case, device: str) -> Call:
     import helion
     from parallax.helion import parallax_train as official
 
+    if multiprocessing.current_process().daemon:
+        raise RuntimeError("Helion compiles in processes of its own, which a job of --at-once may not have")
     grid = [
         helion.Config(block_sizes=list(tile), num_warps=warps, num_stages=stages)
         for tile in HELION_TILES

@@ -52,13 +52,14 @@ def _wave(run: Callable[[T, Alone], Any], jobs: Sequence[T], patience: float) ->
     held: dict[int, Any] = {}
     for index, worker in enumerate(workers):
         while index not in held:
-            ended = not worker.is_alive()
+            ended = [i for i in range(index, len(workers)) if i not in held and not workers[i].is_alive()]
             try:
                 number, found = results.get(timeout=2)
                 held[number] = found
             except queue.Empty:
-                if ended:
+                if ended:  # nothing comes from these any more, and nobody must wait for them
                     built.abort()
+                if index in ended:
                     held[index] = f"its process ended with {worker.exitcode}"
         yield held.pop(index)
 

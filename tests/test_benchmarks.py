@@ -98,7 +98,7 @@ def test_the_harness_runs_and_its_record_renders(tmp_path: Path) -> None:
     record_path = tmp_path / "record.json"
     together = Path(__file__).parent / "support" / "cpp_kernels.py"
     command = [sys.executable, str(together), str(BENCHMARKS / "training.py"), "--device", "cpu", "--case", "tiny"]
-    command += ["--quick", "--json", str(record_path)]
+    command += ["--quick", "--json", str(record_path), "--contender", "parallax, ours", "softmax, cuDNN"]
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
     assert run.returncode == 0, run.stderr[-2000:]
     record: dict[str, Any] = json.loads(record_path.read_text())
