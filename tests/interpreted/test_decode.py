@@ -137,7 +137,7 @@ def test_programs_of_the_merging_stage_take_rows_until_they_run_in_one_round() -
     with mock.patch.object(inductor_decode, "_MERGING_PROGRAMS", 0.2):  # 26 for 48 rows
         _, compiled = check(call, ["decode_split", "decode_merge"])
     merging = compiled.code.stage("decode_merge").parameters
-    # Splits of several rows are tensors of their own: an axis of them, which warps share, triton 3.6 sums through shared memory.
+    # Splits of several rows are tensors of their own: an axis of them triton 3.6 sums through shared memory.
     assert (merging["MERGED_ROWS"], merging["MERGED_AT_ONCE"], merging["MERGED_ABREAST"]) == (2, 16, 1)
 
 
