@@ -435,7 +435,9 @@ def specialized_table(stage: str, width: int, value_width: int, probe: bool) -> 
         )
         for streamed, stages, overlap in _SPECIALIZED_TABLE.get((stage, probe, _row(width, value_width)), ())
     ]
-    return [*found, *(replace(candidate, ordered=True) for candidate in found if stage in ORDERED_STAGES)]
+    # Without a probe the forward waits for all products at once, but where weights overlap them.
+    able = [each for each in found if stage in ORDERED_STAGES and (probe or each.overlap or stage != "core_forward")]
+    return [*found, *(replace(each, ordered=True) for each in able)]
 
 
 def stages() -> list[str]:

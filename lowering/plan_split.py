@@ -15,7 +15,7 @@ _MOST_ROWS = 32
 _MERGED_BY_THE_LAST = 16
 _MOST_STATES = 96
 # More rows than these only where the sequences fill enough of the device that most have few splits: 8 and 16 rows of 8 to 32
-# sequences, some of them long, take 1 to 8 % less so than with a stage.
+# sequences, some of them long, take 2 to 8 % less so than with a stage.
 _MERGED_WHATEVER_THE_SPLITS = 4
 _FEW_SPLITS = 6
 MOST_COUNTERS = 1 << 15
