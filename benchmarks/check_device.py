@@ -158,12 +158,6 @@ def cases(quick: bool) -> list[Case]:
             Case("softmax, capped", spec=plx.SOFTMAX, mask=causal, score=lambda captured: _CAP, width=128),
         )
     ]
-    ordered = {"WARP_SPECIALIZED": True, "ORDERED": True}
-    found += [
-        replace(case, name=case.name.replace("specialised", "ordered"), options=ordered)
-        for case in found
-        if case.name.startswith("specialised") and case.dtype == "bf16"
-    ]
     # Where the default is the specialised kernel.
     found += [
         replace(case, name=f"Triton, {case.name}", options={"WARP_SPECIALIZED": False})

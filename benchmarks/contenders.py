@@ -181,17 +181,13 @@ def _fla(case: Case, device: str) -> Call:
 
 SPECIALIZED, TRITON = {"WARP_SPECIALIZED": True}, {"WARP_SPECIALIZED": False}
 """The two kernels of each stage on Hopper: what our default chooses between."""
-ORDERED = SPECIALIZED | {"ORDERED": True}
-"""The first of them with its arithmetic kept before the waits for products: of ``plx.autotune``'s candidates."""
 
 CONTENDERS = (
     Contender("parallax, ours", "parallax", _ours(plx.PARALLAX), plain_only=False, on_cpu=True),
     Contender("softmax, ours", "softmax", _ours(plx.SOFTMAX), plain_only=False, on_cpu=True),
     Contender("parallax, ours, specialised", "parallax", _ours(plx.PARALLAX, SPECIALIZED)),
-    Contender("parallax, ours, ordered", "parallax", _ours(plx.PARALLAX, ORDERED)),
     Contender("parallax, ours, Triton", "parallax", _ours(plx.PARALLAX, TRITON)),
     Contender("softmax, ours, specialised", "softmax", _ours(plx.SOFTMAX, SPECIALIZED)),
-    Contender("softmax, ours, ordered", "softmax", _ours(plx.SOFTMAX, ORDERED)),
     Contender("softmax, ours, Triton", "softmax", _ours(plx.SOFTMAX, TRITON)),
     Contender("softmax, flex_attention", "softmax", _flex, plain_only=False),
     Contender("softmax, cuDNN", "softmax", _sdpa("CUDNN_ATTENTION")),

@@ -23,7 +23,6 @@ class Candidate:
         specialized: whether it is the stage's warp-specialised kernel for Hopper (Gluon), whose ``block_m`` rows are those of
             one of its two groups of warps.
         overlap: there, whether a block's weights are made while the last one's products with the values run.
-        ordered: there, whether arithmetic stays before the waits for products that follow it (``settled`` of the templates).
     """
 
     block_m: int
@@ -34,7 +33,6 @@ class Candidate:
     held: int = 0
     specialized: bool = False
     overlap: bool = False
-    ordered: bool = False
 
 
 _Row = tuple[tuple[int, ...], ...]
@@ -239,7 +237,6 @@ _OPTION_FIELDS = {
     "USE_TMA": "tma",
     "HELD_TILES": "held",
     "WARP_SPECIALIZED": "specialized",
-    "ORDERED": "ordered",
 }
 
 SPECIALIZED_STAGES: dict[str, Literal["block_m", "block_n"]] = {
@@ -249,8 +246,6 @@ SPECIALIZED_STAGES: dict[str, Literal["block_m", "block_n"]] = {
     "core_solve": "block_m",
 }
 """Stages that have a warp-specialised kernel beside Triton's -> the rows of the tile that stays with a group of four warps."""
-ORDERED_STAGES = ("core_forward", "core_backward_query", "core_backward_key")
-"""Those of them whose kernel can keep arithmetic before the waits for products."""
 
 SPECIALIZED_GROUPS = 2
 """Groups of four warps that share the streamed tiles of a warp-specialised kernel; each has a tile of its own that stays."""
@@ -351,14 +346,6 @@ def candidates(
             "out, or copy with .contiguous()."
         )
     asked = forced.pop("specialized", None)
-    ordered = forced.pop("ordered", None)
-    if ordered is not None and not (asked and stage in ORDERED_STAGES):
-        if stage in ORDERED_STAGES or _names_stage(stage, "ORDERED", options):
-            raise InputError(
-                f"kernel_options[ORDERED] of {stage} is of the warp-specialised kernels of {', '.join(ORDERED_STAGES)}, which "
-                "are taken for certain with WARP_SPECIALIZED=True only. Add that, or leave ORDERED out."
-            )
-        ordered = None
     # Tiles that are asked for are those of Triton's kernel.
     specialized = specialized and (asked or (asked is None and not forced))
     if asked and (stage in SPECIALIZED_STAGES or _names_stage(stage, "WARP_SPECIALIZED", options)):
@@ -367,8 +354,6 @@ def candidates(
     found: list[Candidate] = []
     for candidate in table(stage, width, value_width, itemsize, row_tiles, tf32) if listed is None else listed:
         if candidate.specialized and not specialized:
-            continue
-        if ordered not in (None, candidate.ordered):
             continue
         if tensor_memory and stage == "core_solve_direct" and candidate.block_m > 32 and "block_m" not in forced:
             continue  # the matrices of 64 rows take more columns of it than there are; those of fewer rows stay in registers
@@ -424,7 +409,7 @@ def _holds_matrices(row: tuple[int, ...], width: int) -> bool:
 def specialized_table(stage: str, width: int, value_width: int, probe: bool) -> list[Candidate]:
     """A stage's warp-specialised candidates, best first, taken where they are asked for or were measured to be best."""
     stays = SPECIALIZED_STAGES.get(stage)
-    found = [
+    return [
         Candidate(
             *((SPECIALIZED_ROWS, streamed) if stays == "block_m" else (streamed, SPECIALIZED_ROWS)),
             4,
@@ -435,9 +420,6 @@ def specialized_table(stage: str, width: int, value_width: int, probe: bool) -> 
         )
         for streamed, stages, overlap in _SPECIALIZED_TABLE.get((stage, probe, _row(width, value_width)), ())
     ]
-    # Without a probe the forward waits for all products at once, but where weights overlap them.
-    able = [each for each in found if stage in ORDERED_STAGES and (probe or each.overlap or stage != "core_forward")]
-    return [*found, *(replace(each, ordered=True) for each in able)]
 
 
 def stages() -> list[str]:

@@ -24,7 +24,7 @@ MOST_COUNTERS = 1 << 15
 # A call of the core with few rows, over many keys: there a program for each tile of rows would leave most of the device idle.
 MOST_ROWS_TO_SPLIT = 16
 FEWEST_KEYS_TO_SPLIT = 512
-ONLY_OF_THE_CORE = ("BLOCK_M", "HELD_TILES", "WARP_SPECIALIZED", "ORDERED")
+ONLY_OF_THE_CORE = ("BLOCK_M", "HELD_TILES", "WARP_SPECIALIZED")
 
 
 def splits_keys(problem: Problem) -> bool:

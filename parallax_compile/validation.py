@@ -26,16 +26,7 @@ FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 MAX_WIDTH = 256
 MOST_WARPS = 32  # of a program: 1024 threads
 _SCORE_ARGUMENTS = ("score", "b", "h", "q_idx", "kv_idx")
-KERNEL_OPTIONS = (
-    "BLOCK_M",
-    "BLOCK_N",
-    "num_warps",
-    "num_stages",
-    "USE_TMA",
-    "HELD_TILES",
-    "WARP_SPECIALIZED",
-    "ORDERED",
-)
+KERNEL_OPTIONS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "USE_TMA", "HELD_TILES", "WARP_SPECIALIZED")
 CALL_OPTIONS = ("SPLIT_KEYS",)  # of the whole call: without a prefix
 SOLVER_OPTIONS = ("DIRECT", "solve_DIRECT")
 KERNEL_OPTION_PREFIXES = ("", "fwd_", "bwd_", "bwd_query_", "bwd_key_", "solve_")
@@ -287,7 +278,7 @@ def check_kernel_options(options: Any) -> None:
                 "each also with the prefix fwd_, bwd_, bwd_query_, bwd_key_ or solve_; DIRECT, also with solve_; and "
                 f"{', '.join(CALL_OPTIONS)}.",
             )
-        if name.endswith(("USE_TMA", "WARP_SPECIALIZED", "ORDERED", "SPLIT_KEYS", "DIRECT")):
+        if name.endswith(("USE_TMA", "WARP_SPECIALIZED", "SPLIT_KEYS", "DIRECT")):
             if not isinstance(option, bool):
                 raise_input(InputTypeError, f"kernel_options[{name}] must be a bool, but got {option}.")
             continue

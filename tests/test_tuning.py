@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 import random
 import re
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from parallax_compile.lowering import compile_pool, tuned
-from parallax_compile.lowering.candidates import ORDERED_STAGES, Candidate, shared_memory, table
+from parallax_compile.lowering.candidates import Candidate, shared_memory, table
 from parallax_compile.lowering.codegen import GeneratedKernel, Trial, generate
 from parallax_compile.lowering.compile_pool import CompilePool
 from parallax_compile.lowering.cubin import Resources
@@ -85,16 +84,6 @@ def test_a_space_begins_with_the_table_and_has_no_tile_that_cannot_be_good(stage
     for candidate in found[len(rows) :]:
         assert candidate.tma in SPACES[stage].tma and candidate.held <= SPACES[stage].held[probe]
         assert SPACES[stage].spills or registers(stage, candidate, width, width, probe) <= 255
-
-
-@pytest.mark.parametrize("stage", SPACES)
-def test_a_search_tries_the_ordered_kernels_where_order_makes_another(stage: str) -> None:
-    for probe, width in itertools.product([True, False], [64, 128]):
-        ordered = [candidate for candidate in explore(stage, width, width, 2, probe) if candidate.ordered]
-        assert bool(ordered) is (stage in ORDERED_STAGES)
-        assert all(candidate.specialized for candidate in ordered)
-        if stage == "core_forward" and not probe:
-            assert all(candidate.overlap for candidate in ordered)
 
 
 def test_a_stage_without_a_space_is_searched_around_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,17 +47,17 @@ def compute(function: Any, inputs: list[Tensor], dtype: torch.dtype, grads: bool
 
 
 @pytest.mark.parametrize(
-    "spec, mask, sizes, grads, ordered",
+    "spec, mask, sizes, grads",
     [
-        ("parallax", "causal", (300, 300, 64, 64), True, True),  # weights made while products run, in the forward
-        ("parallax", "window", (130, 264, 80, 48), True, False),
-        ("no-intercept", "causal", (130, 130, 128, 128), True, True),  # weights kept in 16 bits, in the backward
-        ("softmax", "documents", (300, 300, 64, 64), True, False),
-        ("softmax", "none", (70, 140, 96, 40), True, True),
-        ("parallax", "none", (129, 65, 128, 128), False, False),
+        ("parallax", "causal", (300, 300, 64, 64), True),  # weights made while products run, in the forward
+        ("parallax", "window", (130, 264, 80, 48), True),
+        ("no-intercept", "causal", (130, 130, 128, 128), True),  # weights kept in 16 bits, in the backward
+        ("softmax", "documents", (300, 300, 64, 64), True),
+        ("softmax", "none", (70, 140, 96, 40), True),
+        ("parallax", "none", (129, 65, 128, 128), False),
     ],
 )
-def test_the_specialised_kernels(spec: str, mask: str, sizes: tuple, grads: bool, ordered: bool) -> None:
+def test_the_specialised_kernels(spec: str, mask: str, sizes: tuple, grads: bool) -> None:
     rows, keys = sizes[:2]
     index, other = torch.arange(rows)[:, None], torch.arange(keys)[None, :]
     documents = torch.arange(max(rows, keys)) // 70
@@ -74,7 +74,7 @@ def test_the_specialised_kernels(spec: str, mask: str, sizes: tuple, grads: bool
         return low_precision(q, k, v, r, mask=keep, intercept=declared.intercept)
 
     call = interpreter.interpreted(
-        lambda *x: plx.attention(*x, spec=declared, enable_gqa=True, kernel_options=SPECIALIZED | {"ORDERED": ordered})
+        lambda *x: plx.attention(*x, spec=declared, enable_gqa=True, kernel_options=SPECIALIZED)
     )
     want = compute(oracle, inputs, torch.float64, grads)
     rough = compute(oracle, inputs, torch.bfloat16, grads)
@@ -84,7 +84,6 @@ def test_the_specialised_kernels(spec: str, mask: str, sizes: tuple, grads: bool
     for stage in STAGES if grads else STAGES[:1]:
         kernel = call.code.stage(stage)
         assert "@gluon.jit" in kernel.source
-        assert ("settled(" in kernel.source) is ordered
         assert kernel.name in call.launches
 
 
@@ -237,7 +236,6 @@ def test_the_solver(mask: str, ridge: float, intercept: bool, sizes: tuple, also
         ({"kernel_options": {"fwd_WARP_SPECIALIZED": True, "fwd_BLOCK_M": 128}}, "must be 64"),
         ({"kernel_options": {"bwd_key_WARP_SPECIALIZED": True, "bwd_key_BLOCK_N": 32}}, "must be 64"),
         ({"kernel_options": {"bwd_WARP_SPECIALIZED": True}, "score_mod": plx.mods.tanh_cap(9.0)}, "WARP_SPECIALIZED"),
-        ({"kernel_options": {"ORDERED": True}}, "ORDERED.* of core_forward .* Add that, or leave ORDERED out"),
     ],
 )
 def test_what_it_cannot_compute_raises(change: dict[str, Any], message: str) -> None:
