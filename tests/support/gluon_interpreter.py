@@ -116,8 +116,11 @@ def _store_to(pointer: Pointer, value: Any, mask: Any = None, **hints: Any) -> N
 
 
 def _assembly(asm: str, constraints: str, args: Sequence[Tensor], dtype: torch.dtype, is_pure: bool, pack: int) -> Tile:
-    """The assembly that the kernels have: tanh, 16-bit numbers to float32, and what rounding to them leaves."""
+    """The assembly that the kernels have: tanh, a product that warps may skip, 16-bit numbers to float32, and what rounding to them leaves."""
     x, *others = args
+    if "vote.sync.any" in asm:  # a product, unless it changes nothing in a warp
+        assert pack == constraints.count("=f") == constraints.count(",f") and 128 * pack == x.numel()
+        return x * others[0]
     if asm.startswith("tanh.approx.f32"):
         return torch.tanh(x)
     if dtype == torch.int8:
@@ -278,6 +281,8 @@ class _Machine:
             zeros=lambda shape, dtype, layout=None: _tile(torch.zeros(shape, dtype=dtype)),
             full=lambda shape, value, dtype, layout=None: _tile(torch.full(shape, value, dtype=dtype)),
             broadcast_to=lambda value, shape: _tile(value).expand(shape),
+            broadcast=lambda a, b: torch.broadcast_tensors(_tile(a), _tile(b)),
+            split=lambda value: value.unbind(-1),
             convert_layout=lambda value, layout: value,
             cdiv=lambda a, b: -(-a // b),
             where=lambda condition, a, b: _tile(torch.where(torch.as_tensor(condition), a, b)),
