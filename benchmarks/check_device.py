@@ -55,6 +55,7 @@ class Case:
     covariance: Callable[[dict[str, Tensor]], Any] | None = None
     captured: dict[str, tuple[int, ...]] = field(default_factory=dict)
     key_offset: float = 0.0
+    key_growth: float = 0.0
     probe_scale: float = 1.0
     layout: str = "bhld"
     requires_grad: tuple[bool, bool, bool, bool] = (True, True, True, True)
@@ -126,6 +127,8 @@ def cases(quick: bool) -> list[Case]:
             Case("softmax", spec=plx.SOFTMAX, mask=causal, q_heads=8, kv_heads=2, layout="blhd"),
             Case("no intercept", spec=plx.PARALLAX.replace(intercept=False), mask=causal),
             Case("keys offset 10 sigma D=128", mask=causal, key_offset=10.0, width=128),
+            Case("growing scores", mask=causal, key_growth=0.5, q_length=1000, kv_length=1000),
+            Case("growing scores D=128", mask=causal, key_growth=0.5, width=128, q_length=1000, kv_length=1000),
             Case("dynamic lengths", mask=causal, q_length=333, kv_length=333, dynamic=True),
             Case("documents", spec=plx.SOFTMAX, mask=documents, width=128, q_length=1000, kv_length=1000),
             Case(
@@ -196,6 +199,8 @@ def _inputs(case: Case) -> tuple[list[Tensor | None], dict[str, Tensor]]:
     value_width = case.value_width or case.width
     query = operand(case.q_heads, case.q_length, case.width)
     key = operand(case.kv_heads, case.kv_length, case.width) + case.key_offset * normal(1, 1, 1, case.width)
+    if case.key_growth:  # greater scores from block to block, most rows at different ones
+        key = key * (1.0 + case.key_growth * torch.arange(case.kv_length)[:, None] / 64)
     value = operand(case.kv_heads, case.kv_length, value_width)
     probe = operand(case.q_heads, case.q_length, case.width) * case.probe_scale
     dtype = DTYPES[case.dtype]

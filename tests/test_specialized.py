@@ -122,14 +122,16 @@ def test_the_specialised_forward_compiles_and_hardly_spills(spec: plx.AttentionS
     assert compiled.instructions == {"wgmma"}
     # Two groups of four warps, and a third whose first warp copies. What waits outside of the loop may spill.
     assert compiled.resources.num_warps == 12
-    assert (compiled.resources.spills or 0) <= 256
+    assert (compiled.resources.spills or 0) <= 320
+    # Each accumulator of a group is passed by where none of a warp's rows shrinks.
+    assert compiled.asm["sass"].count("VOTE.ANY") == (4 if spec is plx.PARALLAX else 2)
     tile = candidates.Candidate(
         *(kernel.parameters[name] for name in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")),
         tma=True,
         specialized=True,
     )
     # Groups take turns where the products of a step cover the other group's weights.
-    assert ("turns" in kernel.source) is (spec is plx.PARALLAX and width == 128)
+    assert ("turns" in kernel.source) is (spec is plx.PARALLAX)
     estimate = candidates.shared_memory("core_forward", tile, width, width, 2, int(spec is plx.PARALLAX))
     assert compiled.resources.shared_memory <= estimate <= TARGETS["sm_90"].shared_memory_per_block
 

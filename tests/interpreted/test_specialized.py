@@ -126,6 +126,26 @@ def test_mods_of_arithmetic(spec: str, score: Any, covariance: Any, width: int) 
     assert all("@gluon.jit" in call.code.stage(stage).source for stage in STAGES)
 
 
+@pytest.mark.parametrize("spec", ["parallax", "softmax"])
+@pytest.mark.parametrize("growth", [0.3, 2.0], ids=["within-the-slack", "past-it"])
+def test_weights_may_be_above_one_until_their_level_follows(spec: str, growth: float) -> None:
+    """Maxima that grow from block to block: by less than the slack, so that the level stays for a while, and by more."""
+    q, k, *rest = operands(spec != "softmax", 260, 260, 64, 64)
+    q, k = q.abs(), k.abs() * (1.0 + growth * torch.arange(260)[:, None] / 64).to(k.dtype)
+    inputs = [q, k, *rest]
+    request = plx.AuxRequest(lse=True)
+
+    def attend(*x: Tensor) -> tuple[Tensor, Any]:
+        return plx.attention(*x, spec=SPECS[spec], enable_gqa=True, return_aux=request, kernel_options=SPECIALIZED)
+
+    with torch.no_grad():
+        out, aux = interpreter.interpreted(attend)(*inputs)
+        exact, exact_aux = attend(*(tensor.double() for tensor in inputs))
+        rough = low_precision(*inputs) if rest[1:] else low_precision(*inputs, None)
+    assert relative_error(aux.lse, exact_aux.lse) < 1e-5
+    assert relative_error(out, exact) <= budget(relative_error(rough, exact), torch.bfloat16)
+
+
 def test_a_row_without_a_key_and_the_statistics() -> None:
     inputs = operands(True, 140, 140, 64, 64)
     spec = plx.PARALLAX.replace(mask_mod=plx.masks.causal(offset=-10))
