@@ -27,6 +27,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from support.oracle import budget, leaves, low_precision, relative_error, with_gradients
+from support.overlapped import overlapped
 
 import parallax_compile as plx
 
@@ -62,6 +63,7 @@ class Case:
     dynamic: bool | None = None
     deterministic: bool = True
     options: dict[str, Any] | None = None
+    overlapped: bool = False
 
 
 def _tanh(captured: dict[str, Tensor]) -> Any:
@@ -129,6 +131,9 @@ def cases(quick: bool) -> list[Case]:
             Case("keys offset 10 sigma D=128", mask=causal, key_offset=10.0, width=128),
             Case("growing scores", mask=causal, key_growth=0.5, q_length=1000, kv_length=1000),
             Case("growing scores D=128", mask=causal, key_growth=0.5, width=128, q_length=1000, kv_length=1000),
+            Case("growing", "fp16", spec=plx.SOFTMAX, mask=causal, key_growth=0.5, width=128),
+            Case("growing, overlapped", mask=causal, key_growth=0.5, q_length=901, kv_length=901, overlapped=True),
+            Case("softmax, overlapped", spec=plx.SOFTMAX, mask=causal, q_length=902, kv_length=902, overlapped=True),
             Case("dynamic lengths", mask=causal, q_length=333, kv_length=333, dynamic=True),
             Case("documents", spec=plx.SOFTMAX, mask=documents, width=128, q_length=1000, kv_length=1000),
             Case(
@@ -199,7 +204,7 @@ def _inputs(case: Case) -> tuple[list[Tensor | None], dict[str, Tensor]]:
     value_width = case.value_width or case.width
     query = operand(case.q_heads, case.q_length, case.width)
     key = operand(case.kv_heads, case.kv_length, case.width) + case.key_offset * normal(1, 1, 1, case.width)
-    if case.key_growth:  # greater scores from block to block, most rows at different ones
+    if case.key_growth:  # scores grow along the keys, so that rows' levels move at different blocks
         key = key * (1.0 + case.key_growth * torch.arange(case.kv_length)[:, None] / 64)
     value = operand(case.kv_heads, case.kv_length, value_width)
     probe = operand(case.q_heads, case.q_length, case.width) * case.probe_scale
@@ -265,7 +270,8 @@ def check(case: Case) -> Result:
     wide = {name: tensor.detach().double().requires_grad_() for name, tensor in captured.items()}
     want = run(call(wide, block_mask), torch.float64, wide)
     compiled = torch.compile(call(trained, block_mask), fullgraph=True, dynamic=case.dynamic)
-    got = run(compiled, dtype, trained)
+    with overlapped(case.overlapped):
+        got = run(compiled, dtype, trained)
     with _counting_kernels() as launched:
         again = run(compiled, dtype, trained)
     repeatable = all(torch.equal(a, b) for a, b in zip(got, again, strict=True))

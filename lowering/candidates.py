@@ -191,7 +191,7 @@ _TABLE_WITHOUT_PROBE: dict[tuple[str, bool, int], _Row] = {
 }
 
 # (stage, has a probe, padded width up to) -> warp-specialised candidates, best first: rows of a streamed tile, stages, overlap.
-# The forward's are from throwaway kernels on an H100 (benchmarks/NOTES.md).
+# The forward's are from throwaway kernels on an H100, the order of those with a probe at 64 from an H200 (benchmarks/NOTES.md).
 _SPECIALIZED_TABLE: dict[tuple[str, bool, int], tuple[tuple[int, int, bool], ...]] = {
     ("core_forward", True, 64): ((128, 3, False), (64, 4, True)),
     ("core_forward", True, 128): ((64, 3, False),),

@@ -31,7 +31,7 @@ import torch
 
 from .. import templates
 from ..version import __version__
-from .candidates import Candidate, candidates, forced_fields, padded
+from .candidates import SPECIALIZED_STAGES, Candidate, candidates, forced_fields, padded
 from .store import Entry, Store, canonical, decoded
 from .torch_compat_inductor import length_hint, trace_artifact
 
@@ -271,8 +271,9 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def template_digest(stage: str) -> str:
-    """Digest of a stage's text."""
-    return hashlib.sha256(templates.load(stage).encode()).hexdigest()[:12]
+    """Digest of a stage's text, and of its warp-specialised kernel's, which is a candidate of it."""
+    names = [stage, *([f"{stage}_specialized"] if stage in SPECIALIZED_STAGES else [])]
+    return hashlib.sha256("".join(map(templates.load, names)).encode()).hexdigest()[:12]
 
 
 def offered(question: Question, **limits: Any) -> list[Candidate]:

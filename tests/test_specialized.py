@@ -13,6 +13,7 @@ from parallax_compile.lowering import candidates, codegen, cubin
 from parallax_compile.lowering.counters import no_counters
 from parallax_compile.lowering.targets import TARGETS
 from parallax_compile.lowering.torch_compat_gluon import has_gluon
+from support.overlapped import overlapped
 from torch import Tensor
 
 import parallax_compile as plx
@@ -106,9 +107,17 @@ def test_specialized_kernels_count_in_counters_that_stay() -> None:
     assert others(with_ours) < others(without)
 
 
-@pytest.mark.parametrize("width", [64, 128])
-@pytest.mark.parametrize("spec", [plx.PARALLAX, plx.SOFTMAX], ids=["parallax", "softmax"])
-def test_the_specialised_forward_compiles_and_hardly_spills(spec: plx.AttentionSpec, width: int) -> None:
+@pytest.mark.parametrize(
+    "spec, width, early",
+    [
+        (plx.PARALLAX, 64, False),
+        (plx.PARALLAX, 64, True),
+        (plx.PARALLAX, 128, False),
+        (plx.SOFTMAX, 64, True),
+        (plx.SOFTMAX, 128, False),
+    ],
+)
+def test_the_specialised_forward_compiles_and_hardly_spills(spec: plx.AttentionSpec, width: int, early: bool) -> None:
     causal = spec.replace(mask_mod=plx.masks.causal())
 
     def call(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Tensor:
@@ -117,10 +126,12 @@ def test_the_specialised_forward_compiles_and_hardly_spills(spec: plx.AttentionS
             q, k, v, probe, spec=causal, enable_gqa=True, kernel_options={"fwd_WARP_SPECIALIZED": True}
         )
 
-    kernel = generate(call, 1000, width, backward=False).stage("core_forward")
+    with overlapped(early):
+        kernel = generate(call, 1000 + early, width, backward=False).stage("core_forward")
+    assert kernel.parameters["OVERLAP"] is early
     compiled = cubin.compile_kernel(kernel, "sm_90")
     assert compiled.instructions == {"wgmma"}
-    # Two groups of four warps, and a third whose first warp copies. What waits outside of the loop may spill.
+    # Two groups of four warps, and a third whose first warp copies. What waits outside of the loop may spill (292 bytes).
     assert compiled.resources.num_warps == 12
     assert (compiled.resources.spills or 0) <= 320
     # Each accumulator of a group is passed by where none of a warp's rows shrinks.
@@ -131,7 +142,7 @@ def test_the_specialised_forward_compiles_and_hardly_spills(spec: plx.AttentionS
         specialized=True,
     )
     # Groups take turns where the products of a step cover the other group's weights.
-    assert ("turns" in kernel.source) is (spec is plx.PARALLAX)
+    assert ("turns" in kernel.source) is (spec is plx.PARALLAX and not early)
     estimate = candidates.shared_memory("core_forward", tile, width, width, 2, int(spec is plx.PARALLAX))
     assert compiled.resources.shared_memory <= estimate <= TARGETS["sm_90"].shared_memory_per_block
 

@@ -9,6 +9,7 @@ import torch
 from parallax_compile.lowering import inductor_kernels
 from support import interpreter
 from support.oracle import budget, leaves, low_precision, relative_error, with_gradients
+from support.overlapped import overlapped
 from torch import Tensor
 
 import parallax_compile as plx
@@ -49,7 +50,7 @@ def compute(function: Any, inputs: list[Tensor], dtype: torch.dtype, grads: bool
 @pytest.mark.parametrize(
     "spec, mask, sizes, grads",
     [
-        ("parallax", "causal", (300, 300, 64, 64), True),  # weights made while products run, in the forward
+        ("parallax", "causal", (300, 300, 64, 64), True),
         ("parallax", "window", (130, 264, 80, 48), True),
         ("no-intercept", "causal", (130, 130, 128, 128), True),  # weights kept in 16 bits, in the backward
         ("softmax", "documents", (300, 300, 64, 64), True),
@@ -126,22 +127,37 @@ def test_mods_of_arithmetic(spec: str, score: Any, covariance: Any, width: int) 
     assert all("@gluon.jit" in call.code.stage(stage).source for stage in STAGES)
 
 
-@pytest.mark.parametrize("spec", ["parallax", "softmax"])
 @pytest.mark.parametrize("growth", [0.3, 2.0], ids=["within-the-slack", "past-it"])
-def test_weights_may_be_above_one_until_their_level_follows(spec: str, growth: float) -> None:
+@pytest.mark.parametrize(
+    "spec, width, early, score",
+    [
+        ("parallax", 64, False, None),
+        ("parallax", 128, False, plx.mods.alibi(4)),
+        ("parallax", 64, True, None),
+        ("softmax", 64, True, None),
+        ("softmax", 128, False, None),
+    ],
+)
+def test_weights_may_be_above_one_until_their_level_follows(
+    spec: str, width: int, early: bool, score: Any, growth: float
+) -> None:
     """Maxima that grow from block to block: by less than the slack, so that the level stays for a while, and by more."""
-    q, k, *rest = operands(spec != "softmax", 260, 260, 64, 64)
-    q, k = q.abs(), k.abs() * (1.0 + growth * torch.arange(260)[:, None] / 64).to(k.dtype)
+    length = 259 + early
+    q, k, *rest = operands(spec != "softmax", length, length, width, width)
+    q, k = q.abs(), k.abs() * (1.0 + growth * torch.arange(length)[:, None] / 64).to(k.dtype)
     inputs = [q, k, *rest]
-    request = plx.AuxRequest(lse=True)
 
     def attend(*x: Tensor) -> tuple[Tensor, Any]:
-        return plx.attention(*x, spec=SPECS[spec], enable_gqa=True, return_aux=request, kernel_options=SPECIALIZED)
+        request = plx.AuxRequest(lse=True)
+        options = {"score_mod": score, "return_aux": request, "kernel_options": SPECIALIZED}
+        return plx.attention(*x, spec=SPECS[spec], enable_gqa=True, **options)
 
-    with torch.no_grad():
-        out, aux = interpreter.interpreted(attend)(*inputs)
+    call = interpreter.interpreted(attend)
+    with torch.no_grad(), overlapped(early):
+        out, aux = call(*inputs)
         exact, exact_aux = attend(*(tensor.double() for tensor in inputs))
-        rough = low_precision(*inputs) if rest[1:] else low_precision(*inputs, None)
+        rough = low_precision(*inputs, score=score)
+    assert call.code.stage("core_forward").parameters["OVERLAP"] is early
     assert relative_error(aux.lse, exact_aux.lse) < 1e-5
     assert relative_error(out, exact) <= budget(relative_error(rough, exact), torch.bfloat16)
 

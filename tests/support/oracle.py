@@ -33,7 +33,7 @@ def low_precision(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    probe: Tensor | None,
+    probe: Tensor | None = None,
     *,
     intercept: bool = True,
     score: Callable[..., Tensor] | None = None,
