@@ -144,7 +144,7 @@ def test_odd_sizes_shared_heads_and_cross_attention(spec: str, dtype: str) -> No
     check(ODD, SPECS[spec], DTYPES[dtype])
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", ["parallax", "softmax"])
 def test_lengths_whose_rows_inductor_would_pad(spec: str) -> None:
     # On a GPU Inductor pads strides of 1024 elements and more to multiples of 16; kernels index row terms densely.
     check(PADDED, SPECS[spec], torch.float32)
