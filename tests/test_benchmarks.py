@@ -49,6 +49,38 @@ def test_the_forward_moves_each_tensor_once() -> None:
     assert gqa.forward_bytes("parallax") == head * (3 * 32 + 2 * 8)
 
 
+SASS = """Function:kernel
+--:-:-:-:2	IADD3 R1, R1, -0x30, RZ;
+LBB0:
+--:-:-:Y:4	HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24;
+LBB1:
+--:-:1:-:1	HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24, gsb0;
+--:-:-:Y:2	WARPGROUP.DEPBAR.LE gsb0, 0x0;
+02:-:-:-:b	FADD R24, R24, R25;
+--:-:-:-:5	@P0 BRA LBB2;
+--:-:-:-:1	@!P3 SYNCS.ARRIVE.TRANS64.A1T0 RZ, [R23+URZ], RZ;
+LBB2:
+--:-:-:-:6	@P3 BRA LBB1;
+--:-:-:-:6	@P4 BRA LBB0;
+--:-:-:-:1	FADD R2, R2, R3;
+LBB3:
+--:-:-:-:1	@P0 BRA LBB3;
+"""
+
+
+def test_a_schedule_has_the_stretches_of_the_innermost_loop_with_products() -> None:
+    from schedule import innermost, loops, stretches
+
+    assert [len(body) for body in loops(SASS)] == [6, 8, 1]
+    assert [found[:3] for found in stretches(innermost(SASS))] == [
+        ("WARPGROUP.DEPBAR.LE gsb0, 0x0", 3, 2),
+        ("BRA LBB2", 16, 2),
+        ("BRA LBB1", 7, 2),
+    ]
+    with pytest.raises(ValueError, match="no loop of this kernel has products"):
+        innermost(SASS.replace("HGMMA", "HMMA"))
+
+
 def test_quantiles() -> None:
     from measure import summary
 
