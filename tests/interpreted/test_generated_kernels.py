@@ -144,10 +144,9 @@ def test_odd_sizes_shared_heads_and_cross_attention(spec: str, dtype: str) -> No
     check(ODD, SPECS[spec], DTYPES[dtype])
 
 
-@pytest.mark.parametrize("spec", ["parallax", "softmax"])
-def test_lengths_whose_rows_inductor_would_pad(spec: str) -> None:
+def test_lengths_whose_rows_inductor_would_pad() -> None:
     # On a GPU Inductor pads strides of 1024 elements and more to multiples of 16; kernels index row terms densely.
-    check(PADDED, SPECS[spec], torch.float32)
+    check(PADDED, SPECS["parallax"], torch.float32)  # which has them all
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
