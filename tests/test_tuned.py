@@ -218,6 +218,16 @@ def test_levels_in_their_order(store: Store, monkeypatch: pytest.MonkeyPatch) ->
     assert answer(question(), options={"BLOCK_M": 64}).level == "kernel_options"
 
 
+def test_a_stages_digest_is_of_its_specialised_kernel_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def digests() -> list[str]:
+        return [tuned.template_digest.__wrapped__(stage) for stage in ("core_forward", "decode_split")]
+
+    before, load = digests(), tuned.templates.load
+    changed = lambda name: load(name) + "#" * name.endswith("_specialized")
+    monkeypatch.setattr(tuned.templates, "load", changed)
+    assert [new == old for new, old in zip(digests(), before, strict=True)] == [False, True]
+
+
 @pytest.mark.parametrize(
     "other", [{"torch": "1"}, {"template": "x"}, {"bucket": "1024x1024"}, {"gqa": 2}, {"mask": "blocks"}]
 )
