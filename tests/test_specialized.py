@@ -156,8 +156,11 @@ def test_the_specialised_backward_compiles_and_hardly_spills(stage: str) -> None
     kernel = generate(call, 1000, 128).stage(stage)
     compiled = cubin.compile_kernel(kernel, "sm_90")
     assert compiled.resources.num_warps == 12
-    # Three tiles of scores and two accumulators are more than there are registers: kept whole they spill a kilobyte.
-    assert (compiled.resources.spills or 0) <= 512
+    # Three tiles of scores and two accumulators are more than there are registers: kept whole they spill a kilobyte. What
+    # waits outside of the loop may spill.
+    assert (compiled.resources.spills or 0) <= 800
+    # The groups take turns where that is faster, which is not so in the key kernel.
+    assert ("turns" in kernel.source) is (stage == "core_backward_query")
     tile = candidates.Candidate(
         *(kernel.parameters[name] for name in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")),
         tma=True,

@@ -218,7 +218,9 @@ def test_what_waits_in_16_bits_costs_no_accuracy() -> None:
 
 
 @pytest.mark.parametrize("width", [64, 128])
-def test_keys_with_an_offset_of_ten_sigma_cost_no_accuracy(width: int) -> None:
+def test_keys_with_an_offset_cost_no_accuracy(width: int) -> None:
+    """Above a quarter of their deviation the kernel takes back what rounding leaves in a row; below, that is nothing to see."""
+
     def errors(offset: float) -> list[float]:
         inputs = operands(True, 128, 128, width, width, offset)
         call = interpreter.interpreted(lambda *x: plx.attention(*x, enable_gqa=True, kernel_options=SPECIALIZED))
@@ -226,8 +228,9 @@ def test_keys_with_an_offset_of_ten_sigma_cost_no_accuracy(width: int) -> None:
         got = with_gradients(call, leaves(inputs, torch.bfloat16))
         return [relative_error(mine, exact) for mine, exact in zip(got, want, strict=True)]
 
-    for far, near in zip(errors(10.0), errors(0.0), strict=True):
-        assert far <= 1.5 * near
+    near = errors(0.0)
+    for offset in (0.2, 0.4, 10.0):
+        assert all(far <= 1.5 * close for far, close in zip(errors(offset), near, strict=True)), offset
 
 
 @pytest.mark.parametrize(
