@@ -238,10 +238,9 @@ def test_keys_with_an_offset_cost_no_accuracy(width: int) -> None:
         assert all(far <= 1.5 * close for far, close in zip(errors(offset), near, strict=True)), offset
 
 
-@pytest.mark.parametrize("width", [64, 128])
-def test_an_offset_of_one_number_costs_no_accuracy(width: int) -> None:
+def test_an_offset_of_one_number_costs_no_accuracy() -> None:
     """The gradient of the query's own number has no share in the whole one's norm that would show it."""
-    q, k, v, r = operands(True, 128, 128, width, width)
+    q, k, v, r = operands(True, 128, 128, 64, 64)
     k[..., 3] = 2 + 0.1 * k[..., 3]
     inputs = [q, k, v, r]
     want = with_gradients(lambda *x: plx.attention(*x, enable_gqa=True), leaves(inputs, torch.float64))[1]
