@@ -334,7 +334,9 @@ def test_default_candidates_hardly_spill_on_hopper(masked: bool, width: int) -> 
     spills = {stage: found.resources.spills or 0 for stage, found in compiled.items()}
     # The fastest tiles on an H100 hold every register: what is left are a few values that wait outside of the loops, of which
     # persistent kernels have two.
-    allowed = {kernel.stage: 800 if "@gluon.jit" in kernel.source else 256 if width == 128 else 0 for kernel in kernels}
+    allowed = {
+        kernel.stage: 1024 if "@gluon.jit" in kernel.source else 256 if width == 128 else 0 for kernel in kernels
+    }
     assert {stage: found for stage, found in spills.items() if found > allowed[stage]} == {}
     assert {stage: strays for stage, found in compiled.items() if (strays := strayed(str(found.asm["sass"])))} == {}
 

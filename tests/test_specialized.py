@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -147,7 +148,11 @@ def test_the_specialised_forward_compiles_and_hardly_spills(spec: plx.AttentionS
     assert compiled.resources.shared_memory <= estimate <= TARGETS["sm_90"].shared_memory_per_block
 
 
-def test_the_specialised_backward_compiles_and_hardly_spills() -> None:
+def test_the_specialised_backward_compiles_and_spills_in_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    from schedule import innermost
+    from triton.tools.disasm import get_sass
+
     causal = plx.PARALLAX.replace(mask_mod=plx.masks.causal())
     call = lambda q, k, v, r: plx.attention(
         q, k, v, r, spec=causal, enable_gqa=True, kernel_options={"WARP_SPECIALIZED": True}
@@ -157,9 +162,10 @@ def test_the_specialised_backward_compiles_and_hardly_spills() -> None:
         kernel = code.stage(stage)
         compiled = cubin.compile_kernel(kernel, "sm_90")
         assert compiled.resources.num_warps == 12
-        # Three tiles of scores and two accumulators are more than there are registers: kept whole they spill a kilobyte. What
-        # waits outside of the loop may spill.
-        assert (compiled.resources.spills or 0) <= 800
+        # Three tiles of scores and two accumulators are more than there are registers: kept whole they spill in every step.
+        step = [each.operation for each in innermost(get_sass(compiled.asm["cubin"]))]
+        assert not any(operation.startswith("STL") for operation in step)
+        assert sum(operation.startswith("LDL") for operation in step) <= 8
         # The groups take turns where that is faster, which is not so in the key kernel.
         assert ("turns" in kernel.source) is (stage == "core_backward_query")
         tile = candidates.Candidate(
