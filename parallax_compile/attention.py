@@ -107,7 +107,8 @@ def attention(
             returned as ``state``. Differentiable.
         kernel_options: of the compiled kernels: ``BLOCK_M, BLOCK_N, num_warps, num_stages``; ``USE_TMA`` (bool): whether
             loops read through tensor descriptors; ``HELD_TILES``: how many of the tiles that stay are kept in registers;
-            ``WARP_SPECIALIZED`` (bool): a stage by its kernel for Hopper, whose warps copy or compute. Each also with
+            ``WARP_SPECIALIZED`` (bool): a stage by its kernel for Hopper, whose warps copy or compute (the gradient of wide
+            keys becomes infinite where a weight times its scaled, centred probe score exceeds 255). Each also with
             the prefix ``fwd_``, ``bwd_``, ``bwd_query_``, ``bwd_key_`` or ``solve_``. ``SPLIT_KEYS`` (bool): whether the
             kernels of decoding make the output, which take a split of the keys each; left out, they do where no gradient is
             wanted, for up to 16 rows and 512 keys or more. ``DIRECT`` (bool): whether the systems
