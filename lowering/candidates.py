@@ -22,7 +22,6 @@ class Candidate:
         held: how many of the tiles that stay (query, probe; query, gradient, probe; key, value) are kept in registers.
         specialized: whether it is the stage's warp-specialised kernel for Hopper (Gluon), whose ``block_m`` rows are those of
             one of its two groups of warps.
-        overlap: there, whether a block's weights are made while the last one's products with the values run.
     """
 
     block_m: int
@@ -32,7 +31,6 @@ class Candidate:
     tma: bool = False
     held: int = 0
     specialized: bool = False
-    overlap: bool = False
 
 
 _Row = tuple[tuple[int, ...], ...]
@@ -190,23 +188,23 @@ _TABLE_WITHOUT_PROBE: dict[tuple[str, bool, int], _Row] = {
     ),
 }
 
-# (stage, has a probe, padded width up to) -> warp-specialised candidates, best first: rows of a streamed tile, stages, overlap.
+# (stage, has a probe, padded width up to) -> warp-specialised candidates, best first: rows of a streamed tile, stages.
 # The forward's are from throwaway kernels on an H100, the order of those with a probe at 64 from an H200 (benchmarks/NOTES.md).
-_SPECIALIZED_TABLE: dict[tuple[str, bool, int], tuple[tuple[int, int, bool], ...]] = {
-    ("core_forward", True, 64): ((128, 3, False), (64, 4, True)),
-    ("core_forward", True, 128): ((64, 3, False),),
-    ("core_forward", False, 64): ((128, 3, False), (128, 3, True)),
-    ("core_forward", False, 128): ((128, 2, False), (128, 2, True)),
-    ("core_backward_query", True, 64): ((64, 4, False),),
-    ("core_backward_query", True, 128): ((64, 3, False),),
-    ("core_backward_query", False, 64): ((128, 3, False), (64, 4, False)),
-    ("core_backward_query", False, 128): ((64, 4, False),),
-    ("core_backward_key", True, 64): ((64, 4, False),),
-    ("core_backward_key", True, 128): ((64, 3, False), (64, 2, False)),
-    ("core_backward_key", False, 64): ((64, 4, False),),
-    ("core_backward_key", False, 128): ((64, 4, False), (64, 3, False)),
-    ("core_solve", False, 64): ((64, 3, False),),
-    ("core_solve", False, 128): ((64, 2, False),),
+_SPECIALIZED_TABLE: dict[tuple[str, bool, int], tuple[tuple[int, int], ...]] = {
+    ("core_forward", True, 64): ((128, 3), (64, 4)),
+    ("core_forward", True, 128): ((64, 3),),
+    ("core_forward", False, 64): ((128, 3),),
+    ("core_forward", False, 128): ((128, 2),),
+    ("core_backward_query", True, 64): ((64, 4),),
+    ("core_backward_query", True, 128): ((64, 3),),
+    ("core_backward_query", False, 64): ((128, 3), (64, 4)),
+    ("core_backward_query", False, 128): ((64, 4),),
+    ("core_backward_key", True, 64): ((64, 4),),
+    ("core_backward_key", True, 128): ((64, 3), (64, 2)),
+    ("core_backward_key", False, 64): ((64, 4),),
+    ("core_backward_key", False, 128): ((64, 4), (64, 3)),
+    ("core_solve", False, 64): ((64, 3),),
+    ("core_solve", False, 128): ((64, 2),),
 }
 
 # float32 on the tensor cores.
@@ -416,9 +414,8 @@ def specialized_table(stage: str, width: int, value_width: int, probe: bool) -> 
             stages,
             tma=True,
             specialized=True,
-            overlap=overlap,
         )
-        for streamed, stages, overlap in _SPECIALIZED_TABLE.get((stage, probe, _row(width, value_width)), ())
+        for streamed, stages in _SPECIALIZED_TABLE.get((stage, probe, _row(width, value_width)), ())
     ]
 
 

@@ -237,7 +237,7 @@ def instantiate(
             USE_TMA=candidate.tma,
             HELD_TILES=candidate.held,
             **(
-                specialized | {"OVERLAP": candidate.overlap, "STAGES": candidate.num_stages}
+                specialized | {"STAGES": candidate.num_stages}
                 if candidate.specialized
                 else {}
             ),

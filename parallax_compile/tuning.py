@@ -425,7 +425,7 @@ def candidate_text(candidate: Mapping[str, Any]) -> str:
         text = [sizes.format_map(candidate)]
     except KeyError:
         return ", ".join(f"{name} {value}" for name, value in candidate.items())  # of another version's making
-    switches = {"tma": "TMA", "specialized": "specialised", "overlap": "overlapped"}
+    switches = {"tma": "TMA", "specialized": "specialised"}
     text += [word for name, word in switches.items() if candidate.get(name)]
     return ", ".join([*text, *([f"{candidate['held']} held"] if candidate.get("held") else [])])
 

@@ -116,11 +116,8 @@ def _store_to(pointer: Pointer, value: Any, mask: Any = None, **hints: Any) -> N
 
 
 def _assembly(asm: str, constraints: str, args: Sequence[Tensor], dtype: torch.dtype, is_pure: bool, pack: int) -> Tile:
-    """The assembly that the kernels have: tanh, products that warps may skip, 16-bit numbers and what rounding leaves."""
+    """The assembly that the kernels have: tanh, 16-bit numbers and what rounding leaves."""
     x, *others = args
-    if "vote.sync.any" in asm:  # a product, unless it changes nothing in a warp
-        assert pack == constraints.count("=f") == constraints.count(",f") and 128 * pack == x.numel()
-        return x * others[0]
     if asm.startswith("tanh.approx.f32"):
         return torch.tanh(x)
     if dtype == torch.int8:
