@@ -236,11 +236,7 @@ def instantiate(
             num_stages=candidate.num_stages,
             USE_TMA=candidate.tma,
             HELD_TILES=candidate.held,
-            **(
-                specialized | {"STAGES": candidate.num_stages}
-                if candidate.specialized
-                else {}
-            ),
+            **(specialized | {"STAGES": candidate.num_stages} if candidate.specialized else {}),
             EVEN_M=even(problem.q_length, candidate.block_m, blocks.q_block),
             EVEN_N=even(problem.kv_length, candidate.block_n, blocks.kv_block),
             **common,

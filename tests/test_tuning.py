@@ -337,9 +337,9 @@ def test_wrong_arguments_are_named() -> None:
     for change, error, message in wrong:
         with pytest.raises(error, match=message):
             plx.autotune(CAUSAL, **{"shapes": SHAPE, "measures": "model"} | change)
-    assert candidate_text(
-        {"block_m": 64, "block_n": 32, "num_warps": 4, "num_stages": 3, "tma": True, "held": 1}
-    ) == ("64x32, 4 warps, 3 stages, TMA, 1 held")
+    assert candidate_text({"block_m": 64, "block_n": 32, "num_warps": 4, "num_stages": 3, "tma": True, "held": 1}) == (
+        "64x32, 4 warps, 3 stages, TMA, 1 held"
+    )
     assert candidate_text({"tile": 3}) == "tile 3"
     if not torch.cuda.is_available():
         with pytest.raises(UnsupportedError, match="measures='model'"):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from parallax_compile.lowering import inductor_kernels
-from support import interpreter
+from support import gluon_interpreter, interpreter
 from support.oracle import budget, leaves, low_precision, relative_error, with_gradients
 from torch import Tensor
 
@@ -159,6 +159,24 @@ def test_weights_may_be_above_one_until_their_level_follows(
         rough = low_precision(*inputs, score=score)
     assert relative_error(aux.lse, exact_aux.lse) < 1e-5
     assert relative_error(out, exact) <= budget(relative_error(rough, exact), dtype)
+
+
+def test_no_block_of_a_window_is_multiplied_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row has a key in the block that comes first, and with it a level that holds."""
+    products: list[int] = []
+    product = gluon_interpreter._Machine.product
+    monkeypatch.setattr(
+        gluon_interpreter._Machine, "product", lambda *x, **more: (products.append(1), product(*x, **more))[1]
+    )
+    spec = plx.PARALLAX.replace(mask_mod=plx.masks.sliding_window(200))
+    call = interpreter.interpreted(lambda *x: plx.attention(*x, spec=spec, enable_gqa=True, kernel_options=SPECIALIZED))
+    with torch.no_grad():
+        call(*operands(True, 512, 512, 64, 64))
+    distance = torch.arange(512)[:, None] - torch.arange(512)
+    blocks = int(((distance >= 0) & (distance < 200)).view(4, 128, 4, 128).any(3).any(1).sum())
+    steps = blocks * 128 // call.code.stage("core_forward").parameters["BLOCK_N"]
+    # Heads, groups, products.
+    assert len(products) == 4 * 2 * 4 * steps
 
 
 def test_a_row_without_a_key_and_the_statistics() -> None:
