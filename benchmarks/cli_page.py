@@ -114,6 +114,7 @@ def recorded() -> str:
     later = "tune-scan-h200-2026-11-30.txt"
     told = f"A tuning run (`{where}`). Its winners are the shipped table of that GPU; those of the scan and of LLA's"
     what = f"{told}\nsolver, whose kernels have changed since, are of a later run (`benchmarks/results/{later}`)."
+    what += " What it calls overlapped, a\nform of one forward, is gone."
     return f"{what}\n\n```console\n{text}\n```\n"
 
 
